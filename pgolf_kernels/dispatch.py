@@ -1,0 +1,82 @@
+"""Choose the implementation of an op: an ordered list, fastest first, where each entry says why it cannot run.
+
+The same sentence explains an error, skips a test and fills `explain`. The last entry, `reference`, always runs.
+Ops register under the `pgolf` namespace through LIBRARY (Library.define/impl: a quarter of custom_op's overhead per
+call, and one opaque node for torch.compile).
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("pgolf", "DEF")
+
+# Which implementation each op ran last, for logs and reports.
+CHOSEN: dict[str, str] = {}
+
+# Triton's own switch, read once because Triton reads it when a kernel is defined.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON_MISSING = None if importlib.util.find_spec("triton") else "the package `triton` is not installed"
+
+
+class Impl(NamedTuple):
+    """One way to compute an op. `why_not(*args)`: None if it can run these arguments, else the reason as a sentence."""
+
+    name: str
+    run: Callable
+    why_not: Callable[..., str | None]
+
+
+def always(*_args) -> None:
+    """The `why_not` of a reference: it runs everywhere."""
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger("pgolf_kernels").warning(message)
+
+
+def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
+    """Return the first implementation that can run `args`, or the one called `name`.
+
+    Raises:
+        ValueError: `name` is unknown, or cannot run these arguments (the message says why).
+    """
+    skipped = []
+    for impl in impls:
+        if name not in ("auto", impl.name):
+            continue
+        reason = impl.why_not(*args)
+        if reason is None:
+            if impl is impls[-1] and skipped and not torch.compiler.is_compiling():
+                _warn_once(f"{op}: running the reference implementation ({'; '.join(skipped)})")
+            CHOSEN[op] = impl.name
+            return impl
+        if name != "auto":
+            raise ValueError(f"{op}: impl={name!r} cannot run here: {reason}")
+        skipped.append(f"{impl.name}: {reason}")
+    raise ValueError(f"{op}: unknown impl {name!r}; expected 'auto' or one of {[i.name for i in impls]}")
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """None if Triton can run on these tensors. TRITON_INTERPRET=1 runs kernels on the CPU, slowly, for tests."""
+    if _TRITON_MISSING:
+        return _TRITON_MISSING
+    for t in tensors:
+        if t.numel() == 0:
+            return f"Triton kernels need non-empty tensors, got shape {tuple(t.shape)}"
+        if not t.is_cuda and not TRITON_INTERPRETED:
+            return f"Triton needs CUDA tensors, got {t.device}"
+    return None
+
+
+def require(condition: bool, op: str, must: str, got: object, advice: str = "") -> None:
+    """Raise ValueError('op: must, got ...; advice') unless `condition`."""
+    if not condition:
+        raise ValueError(f"{op}: {must}, got {got}" + (f"; {advice}" if advice else ""))

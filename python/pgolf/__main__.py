@@ -1,0 +1,7 @@
+"""`python -m pgolf` is `pgolf`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,189 @@
+"""What each `pgolf` subcommand does: read the arguments, call the one function that does the work, show its result.
+
+Every function returns what --json prints. Heavy imports stay inside, so that `pgolf --help` answers at once.
+"""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from .errors import InputError
+from .progress import CONSOLE, meter, show
+
+
+def is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(args: Namespace, text: str) -> None:
+    """Print for people; with --json stdout belongs to the JSON object."""
+    if not args.json and is_main_rank():
+        show(text)
+
+
+def data_stdlib(args: Namespace) -> dict:
+    from .data.corpus import stdlib_documents
+
+    return _prepare(args, stdlib_documents())
+
+
+def data_prepare(args: Namespace) -> dict:
+    from .data.corpus import path_documents
+
+    return _prepare(args, path_documents(args.paths))
+
+
+def _prepare(args: Namespace, corpus) -> dict:
+    from .data.prepare import prepare
+
+    with meter("preparing data") as on_progress:
+        manifest = prepare(
+            corpus,
+            args.out,
+            vocab_size=args.vocab_size,
+            normalization=args.normalization,
+            strict=args.strict,
+            progress=on_progress,
+        )
+    for split in ("train", "val"):
+        counts = manifest["splits"][split]
+        _say(
+            args,
+            f"{split:5} {counts['documents']:7,} documents  {counts['bytes']:12,} bytes  {counts['tokens']:11,} tokens",
+        )
+    _say(args, f"wrote {args.out}")
+    return manifest
+
+
+def data_verify(args: Namespace) -> dict:
+    from .data.prepare import verify
+
+    with meter("verifying"):
+        result = verify(args.dir)
+    _say(args, f"{args.dir}: every shard and the tokenizer are as the manifest says")
+    return result
+
+
+def train(args: Namespace) -> dict:
+    from . import run
+    from .presets import preset
+    from .train import train as run_training
+
+    if args.resume:
+        cfg = run.read_config(args.run_dir)
+        if args.preset or args.steps or args.seconds or args.set:
+            raise InputError(
+                "train: --resume continues the run as it was configured; drop --preset, --steps, --seconds and --set"
+            )
+    else:
+        cfg = preset(args.preset or "demo").with_settings(args.set)
+        if args.steps is not None:
+            cfg = cfg.replace(max_steps=args.steps, max_seconds=0.0)
+        if args.seconds is not None:
+            cfg = cfg.replace(max_seconds=args.seconds)
+    result = run_training(cfg, args.data, args.run_dir, resume=args.resume, device=args.device)
+    _say(
+        args,
+        f"{result['step']} steps in {result['train_seconds']:.1f} s ({result['tokens_per_second']:,} tokens/s); "
+        f"val_loss {result['val_loss']:.4f}  val_bpb {result['val_bpb']:.4f}",
+    )
+    return result
+
+
+def pack(args: Namespace) -> dict:
+    from . import run
+    from .artifact.pack import pack_run, repack
+
+    out = args.out or args.run_dir / run.ARTIFACT
+    with meter("packing"):
+        if (args.run_dir / run.CONFIG).exists():
+            report = pack_run(args.run_dir, out, allow_oversize=args.allow_oversize)
+        else:
+            report = repack(args.run_dir, out)
+    _say(args, f"wrote {out}: {report.artifact_bytes:,} bytes ({report.bits_per_parameter:.3f} bits per parameter)")
+    return report.as_dict()
+
+
+def unpack(args: Namespace) -> dict:
+    from .artifact.pack import unpack as unpack_artifact
+
+    header = unpack_artifact(args.artifact, args.out)
+    _say(args, f"wrote {args.out}")
+    return header
+
+
+def inspect(args: Namespace) -> dict:
+    from .artifact.inspect import inspect as inspect_artifact
+    from .artifact.inspect import table
+
+    result = inspect_artifact(args.artifact)
+    if not args.json:
+        CONSOLE.__class__(highlight=False).print(table(result))
+    return result
+
+
+def evaluate(args: Namespace) -> dict:
+    from .evaluate import evaluate as score
+
+    settings = [
+        f"{field}={value}"
+        for field, value in (
+            ("eval_stride", args.stride),
+            ("slot_parameters", args.parameters),
+            ("slot_steps", args.steps),
+            ("slot_lr", args.lr),
+            ("slot_half_life", args.half_life),
+        )
+        if value is not None
+    ]
+    with meter(f"scoring ({args.method})", enabled=is_main_rank()) as on_progress:
+        result = score(
+            args.artifact,
+            args.data,
+            args.method,
+            settings=settings + args.set,
+            limit=args.tokens,
+            device=args.device,
+            on_progress=on_progress,
+        )
+    _say(
+        args,
+        f"{args.method}: val_loss {result['val_loss']:.6f}  val_bpb {result['val_bpb']:.6f}  "
+        f"tokens {result['tokens']:,}  bytes {result['bytes']:,}  seconds {result['seconds']:.1f}",
+    )
+    return result
+
+
+def report(args: Namespace) -> dict:
+    from .publish.report import write_report
+
+    path = write_report(args.run_dir)
+    _say(args, f"wrote {path}")
+    return {"report": str(path)}
+
+
+def presets(args: Namespace) -> list[dict]:
+    from .model import GPT
+    from .presets import PRESETS
+
+    rows = [{"name": name, "parameters": GPT.count_parameters(cfg)} for name, cfg in PRESETS.items()]
+    for row in rows:
+        _say(args, f"{row['name']:10} {row['parameters']:12,} parameters")
+    return rows
+
+
+def doctor(args: Namespace) -> dict:
+    from .publish.doctor import examine
+
+    result = examine()
+    for name, value in result.items():
+        _say(args, f"{name:24} {value}")
+    return result
+
+
+def demo(args: Namespace) -> dict:
+    from .demo import run_demo
+
+    result = run_demo(args.run_dir, args.data, args.preset, args.set, args.device)
+    _say(args, result["table"])
+    return result

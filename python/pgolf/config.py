@@ -1,0 +1,212 @@
+"""A run is one frozen dataclass: what the model is, how it trains, how it is packed and scored.
+
+The command line's `--set field=value`, config.json of a run and the header of an artifact are all this dataclass; an
+unknown field is refused with the nearest name. Paths, ranks and devices are facts of a machine and are not in it.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Lengths are in tokens, learning rates per step, times in seconds unless the name says otherwise."""
+
+    preset: str = "custom"
+    seed: int = 1337
+
+    # Model. Names follow the Parameter Golf systems; every optional part is off at its zero value.
+    vocab_size: int = 1024
+    num_layers: int = 11
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    mlp_mult: float = 3.0  # hidden width = mlp_mult * model_dim
+    negative_slope: float = 0.5
+    logit_softcap: float = 30.0
+    rope_base: float = 10000.0
+    rope_dims: int = 16  # leading dimensions of each head that rotate
+    rope_train_len: int = 1024  # longer sequences raise the base (NTK rule)
+    qk_gain_init: float = 1.5
+    ln_scale: bool = True  # sublayer inputs of layer l are scaled by 1 / sqrt(l + 1)
+    xsa_last_n: int = 4  # layers, from the last, with exclusive self-attention
+    bigram_vocab_size: int = 0
+    bigram_dim: int = 128
+    smear_gate: bool = True
+    skip_gates: bool = False  # gated (lerp) instead of plain U-Net skips
+    ve_dim: int = 0  # width of the shared value embedding
+    ve_layers: tuple[int, ...] = ()
+    value_residual: bool = False  # later layers mix in the first layer's values (VRL)
+    recur_layers: tuple[int, ...] = ()  # run these once more, right after the last of them
+    recur_start_step: int = 0
+    parallel_start_layer: int = 0  # decoder layers from here on run in two lanes; 0: none
+    tied_embed_init_std: float = 0.005
+
+    # Data
+    loader: str = "coprime"  # or "sequential"
+    train_seq_len: int = 2048
+    train_batch_tokens: int = 786432  # per optimiser step, over all ranks
+
+    # Optimiser
+    matrix_lr: float = 0.025
+    muon_wd: float = 0.04
+    muon_momentum: float = 0.99
+    muon_momentum_warmup_start: float = 0.92
+    muon_momentum_warmup_steps: int = 1500
+    muon_steps: int = 5  # Newton-Schulz iterations
+    muon_coefficients: str = "quintic"
+    muon_row_normalize: bool = False  # MuonEq-R
+    tied_embed_lr: float = 0.035
+    embed_wd: float = 0.04
+    scalar_lr: float = 0.025
+    adam_wd: float = 0.04
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip_norm: float = 0.3  # 0: no clipping
+    ema_decay: float = 0.997  # 0: no averaging
+
+    # Schedule. With max_seconds the warmdown follows the clock, without it the step count.
+    max_steps: int = 20000
+    max_seconds: float = 600.0  # 0: no time limit
+    warmup_steps: int = 20  # steps that are run and then undone, to fill caches before the clock starts
+    warmdown_steps: int = 3500
+    warmdown_frac: float = 0.0  # above 0: warm down over this share of the budget instead of warmdown_steps
+    min_lr: float = 0.0  # floor of the learning-rate multiplier
+
+    # Running
+    dtype: str = "auto"  # activations: "bfloat16", "float32", or what the machine multiplies fast
+    compile: bool = True
+    micro_batch_tokens: int = 98304  # largest forward per rank; larger batches accumulate gradients
+    log_every: int = 10
+    val_every: int = 0  # 0: only at the end
+    val_tokens: int = 0  # validation tokens used while training; 0: all
+    checkpoint_every: int = 0  # 0: only at the end
+
+    # Artifact
+    int6_clip: str = "search"  # "search", "max", or a number of standard deviations
+    int6_floor: float = 1 / 31  # smallest int6 step; the published systems never go below 1/31
+    compressor: str = "brotli"  # or "lzma"
+
+    # Score
+    eval_seq_len: int = 2048
+    eval_stride: int = 64
+    eval_batch_windows: int = 32
+    drop_val_tail: bool = True  # the challenge scores a multiple of eval_seq_len targets; False scores every token
+    slot_parameters: str = "delta"  # "delta", "bias" or "both"
+    slot_norm: str = "after"  # delta joins the hidden state "after" or "before" the final norm
+    slot_steps: int = 8
+    slot_lr: float = 0.005
+    slot_half_life: float = 0.0  # in tokens: context weight halves with this distance; 0: equal weights
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    def __post_init__(self) -> None:
+        def must(condition: bool, text: str) -> None:
+            if not condition:
+                raise InputError(f"config: {text}")
+
+        must(
+            self.model_dim % self.num_heads == 0,
+            f"model_dim {self.model_dim} must be a multiple of num_heads {self.num_heads}",
+        )
+        must(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        must(
+            self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
+            f"rope_dims must be even and at most the head dimension {self.head_dim}, got {self.rope_dims}",
+        )
+        must(
+            self.train_batch_tokens % self.train_seq_len == 0,
+            f"train_batch_tokens {self.train_batch_tokens} must be a multiple of train_seq_len {self.train_seq_len}",
+        )
+        must(
+            0 < self.eval_stride <= self.eval_seq_len,
+            f"eval_stride must lie in 1..eval_seq_len {self.eval_seq_len}, got {self.eval_stride}",
+        )
+        must(self.vocab_size <= 65536, f"vocab_size must be at most 65536 (shards store uint16), got {self.vocab_size}")
+        for name in ("ve_layers", "recur_layers"):
+            layers = getattr(self, name)
+            must(
+                all(0 <= i < self.num_layers for i in layers),
+                f"{name} must name layers below {self.num_layers}, got {layers}",
+            )
+        for name, allowed in CHOICES.items():
+            must(
+                getattr(self, name) in allowed, f"{name} must be one of {sorted(allowed)}, got {getattr(self, name)!r}"
+            )
+
+    def replace(self, **changes: object) -> "Config":
+        """A copy with some fields changed; refuses unknown names with the nearest one."""
+        for name in changes:
+            if name not in FIELDS:
+                raise InputError(f"config: unknown field {name!r}{nearest(name, FIELDS)}")
+        return dataclasses.replace(self, **changes)
+
+    def with_settings(self, settings: list[str]) -> "Config":
+        """Apply `field=value` strings; values are read by the field's type (tuples as 4,5)."""
+        changes = {}
+        for setting in settings:
+            name, equals, text = setting.partition("=")
+            if not equals:
+                raise InputError(f"config: a setting must read field=value, got {setting!r}")
+            if name not in FIELDS:
+                raise InputError(f"config: unknown field {name!r}{nearest(name, FIELDS)}")
+            changes[name] = _parse(name, FIELDS[name], text)
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        values = json.loads(text)
+        for name, value in values.items():
+            if name in FIELDS and typing.get_origin(FIELDS[name]) is tuple:
+                values[name] = tuple(value)
+        return cls().replace(**values)
+
+
+FIELDS: dict[str, type | types.GenericAlias] = typing.get_type_hints(Config)
+CHOICES = {
+    "loader": {"coprime", "sequential"},
+    "dtype": {"auto", "bfloat16", "float32"},
+    "muon_coefficients": {"quintic", "polar_express"},
+    "compressor": {"brotli", "lzma"},
+    "slot_parameters": {"delta", "bias", "both"},
+    "slot_norm": {"after", "before"},
+}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean X?' or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _parse(name: str, kind: type | types.GenericAlias, text: str) -> object:
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        if typing.get_origin(kind) is tuple:
+            return tuple(int(part) for part in text.split(",") if part)
+        return kind(text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(
+            kind, "numbers separated by commas"
+        )
+        raise InputError(f"config: {name} must be {wanted}, got {text!r}") from None

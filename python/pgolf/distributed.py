@@ -1,0 +1,76 @@
+"""Ranks: a process per GPU under torchrun (NCCL), CPU processes (gloo), or a single process with no group at all."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place. `group` carries tensors, `control` small CPU values; both None in a single process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: float) -> float:
+        """Rank 0's value on every rank, without touching the GPU's queue."""
+        if self.control is None:
+            return value
+        t = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(t, src=0, group=self.control)
+        return t.item()
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def gather(self, value: object) -> list:
+        """The values of all ranks, in rank order."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+
+def start(device: str = "auto") -> Ranks:
+    """Join the job described by torchrun's environment; a plain process is a job of one.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+    """
+    kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, torch.device(kind))
+    place = torch.device(kind)
+    if kind == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(place)
+    # Keys of an earlier attempt in a reused store would name dead processes: give each restart its own.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=10),
+        **({"device_id": place} if kind == "cuda" else {}),
+    )
+    control = dist.new_group(backend="gloo") if kind == "cuda" else dist.group.WORLD
+    return Ranks(rank, world_size, place, dist.group.WORLD, control)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,77 @@
+"""Which optimiser owns which parameter: Muon the banks of matrices, AdamW the embedding tables and everything small."""
+
+import torch
+from torch import Tensor, nn
+
+from pgolf_kernels.optim import Muon
+
+from ..config import Config
+
+MUON_PARAMETERS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+EMBEDDING_TABLES = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight")
+
+
+class Optimisers:
+    """Muon and AdamW stepped together; `base_lr` of each group times the schedule's multiplier is its learning rate."""
+
+    def __init__(self, model: nn.Module, cfg: Config, process_group=None):
+        named = dict(model.named_parameters())
+        self.names = list(named)
+        matrices = [named[n] for n in MUON_PARAMETERS]
+        tables = [p for n, p in named.items() if n in EMBEDDING_TABLES]
+        scalars = [p for n, p in named.items() if n not in MUON_PARAMETERS and n not in EMBEDDING_TABLES]
+        self.muon = Muon(
+            matrices,
+            lr=cfg.matrix_lr,
+            momentum=cfg.muon_momentum,
+            weight_decay=cfg.muon_wd,
+            nesterov=True,
+            ns_steps=cfg.muon_steps,
+            ns_coefficients=cfg.muon_coefficients,
+            row_normalize=cfg.muon_row_normalize,
+            process_group=process_group,
+        )
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": tables, "lr": cfg.tied_embed_lr, "weight_decay": cfg.embed_wd},
+                {"params": scalars, "lr": cfg.scalar_lr, "weight_decay": cfg.adam_wd},
+            ],
+            betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.adam_eps,
+            fused=True,
+        )
+        self._named = named
+        for group in self._groups():
+            group["base_lr"] = group["lr"]
+
+    def _groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def step(self, lr_multiplier: float, momentum: float) -> None:
+        for group in self._groups():
+            group["lr"] = group["base_lr"] * lr_multiplier
+        for group in self.muon.param_groups:
+            group["momentum"] = momentum
+        self.muon.step()
+        self.adamw.step()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Optimiser state as name -> tensor, e.g. `qo_bank.momentum_buffer`."""
+        state = {}
+        for name, p in self._named.items():
+            for optimiser in (self.muon, self.adamw):
+                for key, value in optimiser.state.get(p, {}).items():
+                    state[f"{name}.{key}"] = value
+        return state
+
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        """The inverse of state_tensors, on the device of each parameter (fused AdamW keeps its step counter there)."""
+        for name, p in self._named.items():
+            owner = self.muon if name in MUON_PARAMETERS else self.adamw
+            mine = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}
+            owner.state[p] = {k: v.to(p.device, copy=True) for k, v in mine.items()}
+
+    def reset(self) -> None:
+        """Forget all state, as if no step had been taken."""
+        self.muon.state.clear()
+        self.adamw.state.clear()

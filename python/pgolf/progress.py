@@ -1,0 +1,107 @@
+"""Progress bars with the time left (rich). On anything but a terminal, a plain line now and then instead."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from .config import Config
+
+CONSOLE = Console(stderr=True, highlight=False)
+PLAIN_LINE_EVERY_S = 15.0
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=CONSOLE,
+        transient=False,
+    )
+
+
+class Meter:
+    """A bar from 0 to 1 with a note beside it; silent when disabled."""
+
+    def __init__(self, description: str, enabled: bool = True):
+        self.description, self.enabled = description, enabled
+        self._bar = _bar() if enabled and CONSOLE.is_terminal else None
+        self._next_line = time.monotonic() + PLAIN_LINE_EVERY_S
+
+    def __enter__(self) -> "Meter":
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task(self.description, total=1.0, note="")
+        elif self.enabled:
+            CONSOLE.print(self.description)
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, share: float, note: str = "") -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=min(share, 1.0), note=note)
+        elif self.enabled and time.monotonic() >= self._next_line:
+            CONSOLE.print(f"{self.description}: {share:.0%} {note}")
+            self._next_line = time.monotonic() + PLAIN_LINE_EVERY_S
+
+
+@contextmanager
+def meter(description: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a loop that reports (done, total)."""
+    with Meter(description, enabled) as bar:
+        yield lambda done, total: bar.update(done / max(total, 1))
+
+
+class TrainingProgress:
+    """The bar of a training run: its share of the time or step budget, whichever is further along."""
+
+    def __init__(self, cfg: Config, enabled: bool):
+        self.cfg, self.enabled = cfg, enabled
+        self._meter: Meter | None = None
+
+    def __enter__(self) -> "TrainingProgress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._meter:
+            self._meter.__exit__(*exception)
+
+    def note(self, text: str) -> None:
+        if self.enabled:
+            CONSOLE.print(text)
+
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """Something before or after training whose length is unknown."""
+        if self._meter:
+            self._meter.__exit__()
+            self._meter = None
+        if self.enabled and CONSOLE.is_terminal:
+            with CONSOLE.status(text):
+                yield
+        else:
+            self.note(text)
+            yield
+
+    def step(self, step: int, elapsed_s: float, loss: float) -> None:
+        if not self._meter:
+            self._meter = Meter("training", self.enabled)
+            self._meter.__enter__()
+        share = step / self.cfg.max_steps
+        if self.cfg.max_seconds:
+            share = max(share, elapsed_s / self.cfg.max_seconds)
+        self._meter.update(share, f"step {step}  loss {loss:.3f}  {1e3 * elapsed_s / step:.0f} ms/step")
+
+
+def show(text: str) -> None:
+    """A result for people, on stdout."""
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,277 @@
+"""Train one GPT: `torchrun --standalone --nproc_per_node=N -m pgolf.train ...`, or `pgolf train ...` for one process.
+
+A step is: batch -> loss in micro-batches -> one all-reduce of the flat gradient -> clip -> Muon and AdamW -> average.
+The clock excludes warm-up, compilation and validation.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pgolf_kernels import dispatch
+
+from . import distributed, run
+from .config import Config
+from .data.dataset import Dataset
+from .data.loader import make_loader
+from .errors import InputError
+from .model import GPT, activation_dtype
+from .optimise import checkpoint
+from .optimise.averaging import WeightAverage
+from .optimise.gradients import GradientBuffer
+from .optimise.groups import Optimisers
+from .optimise.schedule import lr_multiplier, muon_momentum
+from .progress import TrainingProgress
+from .scoring.validation import plain_score
+
+
+class Trainer:
+    """Everything a step needs, and the whole of what a checkpoint must hold."""
+
+    def __init__(self, cfg: Config, dataset: Dataset, ranks: distributed.Ranks):
+        self.cfg, self.dataset, self.ranks = cfg, dataset, ranks
+        torch.manual_seed(cfg.seed)
+        self.model = GPT(cfg).to(ranks.device)
+        self.model.activation_dtype = activation_dtype(cfg, ranks.device)
+        self.gradients = GradientBuffer(self.model)
+        self.optimisers = Optimisers(self.model, cfg, ranks.group)
+        self.average = WeightAverage(self.model, cfg.ema_decay) if cfg.ema_decay else None
+        self.loader = self._new_loader()
+        self.step = 0
+        self.elapsed_s = 0.0
+        if cfg.compile:
+            self.model.compile(dynamic=False, fullgraph=True)
+
+    def _new_loader(self):
+        cfg, ranks = self.cfg, self.ranks
+        return make_loader(
+            cfg.loader,
+            self.dataset.train_shards,
+            cfg.train_seq_len,
+            cfg.train_batch_tokens,
+            ranks.rank,
+            ranks.world_size,
+            pin_memory=ranks.device.type == "cuda",
+        )
+
+    def run_step(self, lr: float, momentum: float) -> tuple[Tensor, Tensor]:
+        """One optimiser step. Returns this rank's share of the mean loss, and the gradient norm, as device tensors."""
+        cfg, device = self.cfg, self.ranks.device
+        x, y = self.loader.next_batch()  # (windows of this rank, T)
+        self.gradients.zero()
+        loss = torch.zeros((), device=device)
+        size = micro_batch_windows(len(x), cfg)
+        for x_part, y_part in zip(x.split(size), y.split(size), strict=True):
+            part = self.model(x_part.to(device, non_blocking=True), y_part.to(device, non_blocking=True), "sum")
+            part = part / cfg.train_batch_tokens
+            part.backward()
+            loss += part.detach()
+        self.gradients.all_reduce(self.ranks.group)
+        norm = self.gradients.clip(cfg.grad_clip_norm)
+        self.optimisers.step(lr, momentum)
+        if self.average:
+            self.average.update()
+        return loss, norm
+
+    def warm_up(self) -> None:
+        """Run a few steps, so that kernels are compiled and caches filled, then put everything back as it was."""
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        for _ in range(self.cfg.warmup_steps):
+            self.run_step(1.0, self.cfg.muon_momentum)
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(before[name])
+        self.optimisers.reset()
+        if self.average:
+            self.average.load(before)
+        self.loader = self._new_loader()
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"optimiser.{k}": v for k, v in self.optimisers.state_tensors().items()}
+        if self.average:
+            tensors |= {f"average.{k}": v for k, v in self.average.average.items()}
+        return tensors
+
+    def save(self, run_dir: Path) -> None:
+        """Every rank calls this; all ranks hold the same state, so rank 0 writes it."""
+        if self.ranks.is_main:
+            state = {"elapsed_s": self.elapsed_s, "loader": self.loader.state_dict()}
+            checkpoint.save(run_dir, self.step, self.checkpoint_tensors(), state)
+        self.ranks.barrier()
+
+    def resume(self, run_dir: Path) -> None:
+        tensors, state = checkpoint.load(run_dir)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        self.optimisers.load_state_tensors(part("optimiser."))
+        if self.average:
+            self.average.load(part("average."))
+        self.loader.load_state_dict(state["loader"])
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+
+    def finished(self) -> bool:
+        """Whether the budget is spent, by rank 0's clock on every rank."""
+        if self.step >= self.cfg.max_steps:
+            return True
+        if not self.cfg.max_seconds:
+            return False
+        self.elapsed_s = self.ranks.broadcast(self.elapsed_s)
+        return self.elapsed_s >= self.cfg.max_seconds
+
+
+def micro_batch_windows(num_windows: int, cfg: Config) -> int:
+    """Windows per forward: the largest equal split of this rank's windows that fits cfg.micro_batch_tokens."""
+    most = max(cfg.micro_batch_tokens // cfg.train_seq_len, 1)
+    return next(size for size in range(min(most, num_windows), 0, -1) if num_windows % size == 0)
+
+
+def train(cfg: Config, data: Path, run_dir: Path, resume: bool = False, device: str = "auto") -> dict:
+    """Train until the budget is spent and leave the averaged weights in run_dir/model.safetensors.
+
+    Args:
+        cfg: the run. With resume it must equal the one the run was started with.
+        data: a prepared dataset, or the challenge's own layout.
+        run_dir: created; refused if it holds a run already and resume is False.
+
+    Returns:
+        The last line of the log: steps, seconds, tokens per second, val_loss, val_bpb.
+    """
+    ranks = distributed.start(device)
+    try:
+        with TrainingProgress(cfg, enabled=ranks.is_main) as progress:
+            return _train(cfg, data, run_dir, resume, ranks, progress)
+    finally:
+        distributed.stop()
+
+
+def _train(cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distributed.Ranks, progress) -> dict:
+    _check_run_directory(cfg, run_dir, resume)
+    if (cfg.train_batch_tokens // cfg.train_seq_len) % ranks.world_size:
+        raise InputError(
+            f"train_batch_tokens {cfg.train_batch_tokens} must be a multiple of train_seq_len x ranks "
+            f"= {cfg.train_seq_len} x {ranks.world_size}; use --set train_batch_tokens=..."
+        )
+    dataset = Dataset.open(data, vocab_size=cfg.vocab_size)
+    ranks.barrier()  # every rank has looked at the directory before rank 0 writes to it
+    log = _open_run(cfg, dataset, run_dir, ranks) if ranks.is_main else None
+    trainer = Trainer(cfg, dataset, ranks)
+    if resume:
+        trainer.resume(run_dir)
+        progress.note(f"resumed at step {trainer.step}")
+    elif cfg.warmup_steps:
+        with progress.stage("compiling and warming up" if cfg.compile else "warming up"):
+            trainer.warm_up()
+    if log:
+        log.write(
+            "start",
+            step=trainer.step,
+            parameters=sum(p.numel() for p in trainer.model.parameters()),
+            dtype=str(trainer.model.activation_dtype).removeprefix("torch."),
+            implementations=dict(dispatch.CHOSEN),
+        )
+    _loop(trainer, run_dir, log, progress)
+
+    if trainer.average:
+        trainer.average.copy_to_model()
+    with progress.stage("validating"):
+        scores = validate(trainer)
+    summary = {
+        "step": trainer.step,
+        "train_seconds": round(trainer.elapsed_s, 3),
+        "tokens_per_second": round(trainer.step * cfg.train_batch_tokens / max(trainer.elapsed_s, 1e-9)),
+        **scores,
+    }
+    if ranks.is_main:
+        exported = {k: v.detach().float().cpu().clone() for k, v in trainer.model.export_state().items()}
+        partial = run_dir / (run.MODEL + ".partial")
+        save_file(exported, partial)
+        partial.replace(run_dir / run.MODEL)
+        log.write("end", **summary)
+        log.close()
+    return summary
+
+
+def _loop(trainer: Trainer, run_dir: Path, log: run.RunLog | None, progress) -> None:
+    cfg, ranks = trainer.cfg, trainer.ranks
+    cuda = ranks.device.type == "cuda"
+    logged = trainer.step, trainer.elapsed_s
+    previous = None  # event at the end of the step before, so that the CPU runs at most one step ahead of the GPU
+    started = time.perf_counter() - trainer.elapsed_s
+    while not trainer.finished():
+        lr = lr_multiplier(cfg, trainer.step, trainer.elapsed_s)
+        loss, norm = trainer.run_step(lr, muon_momentum(cfg, trainer.step))
+        if cuda:
+            event = torch.cuda.Event()
+            event.record()
+            if previous:
+                previous.synchronize()
+            previous = event
+        trainer.step += 1
+        trainer.elapsed_s = time.perf_counter() - started
+
+        paused = time.perf_counter()
+        if trainer.step % cfg.log_every == 0:
+            mean_loss = sum(ranks.gather(loss.item()))
+            if log:
+                log.write(
+                    "step",
+                    step=trainer.step,
+                    loss=mean_loss,
+                    grad_norm=norm.item(),
+                    lr=lr,
+                    step_ms=round(1e3 * (trainer.elapsed_s - logged[1]) / (trainer.step - logged[0]), 3),
+                    elapsed_s=round(trainer.elapsed_s, 3),
+                )
+            progress.step(trainer.step, trainer.elapsed_s, mean_loss)
+            logged = trainer.step, trainer.elapsed_s
+        if cfg.val_every and trainer.step % cfg.val_every == 0:
+            scores = validate(trainer)
+            if log:
+                log.write("validate", step=trainer.step, elapsed_s=round(trainer.elapsed_s, 3), **scores)
+        if cfg.checkpoint_every and trainer.step % cfg.checkpoint_every == 0:
+            trainer.save(run_dir)
+        started += time.perf_counter() - paused
+    trainer.save(run_dir)
+
+
+def validate(trainer: Trainer) -> dict:
+    """val_loss (nats per token) and val_bpb of the weights as they are, over windows that do not overlap."""
+    score = plain_score(trainer.model, trainer.dataset, trainer.cfg, trainer.ranks)
+    return {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
+
+
+def _check_run_directory(cfg: Config, run_dir: Path, resume: bool) -> None:
+    exists = (run_dir / run.CONFIG).exists()
+    if exists and not resume:
+        raise InputError(f"{run_dir}: holds a run already; continue it with --resume or name another directory")
+    if resume and run.read_config(run_dir) != cfg:
+        raise InputError(f"{run_dir}: --resume continues the run as it was configured; drop the other settings")
+
+
+def _open_run(cfg: Config, dataset: Dataset, run_dir: Path, ranks: distributed.Ranks) -> run.RunLog:
+    environment = run.describe_environment(ranks.device, ranks.world_size)
+    run.write_atomically(run_dir / run.ENVIRONMENT, json.dumps(environment, indent=2).encode())
+    run.write_atomically(run_dir / run.TOKENIZER, dataset.tokenizer.model_bytes)
+    run.write_atomically(run_dir / run.CONFIG, cfg.to_json().encode())
+    return run.RunLog(run_dir / run.LOG)
+
+
+def main(argv: list[str] | None = None) -> int:
+    from .cli import main as cli
+
+    return cli(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())
