@@ -17,6 +17,8 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("pgolf", "DEF")
 
+GPU_IMPLS = ("cuda", "triton")
+
 # Which implementation each op ran last, for logs and reports.
 CHOSEN: dict[str, str] = {}
 
@@ -49,6 +51,7 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
         ValueError: `name` is unknown, or cannot run these arguments (the message says why).
     """
     skipped = []
+    on_gpu = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
     for impl in impls:
         if name not in ("auto", impl.name):
             continue
@@ -60,7 +63,8 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
             return impl
         if name != "auto":
             raise ValueError(f"{op}: impl={name!r} cannot run here: {reason}")
-        skipped.append(f"{impl.name}: {reason}")
+        if impl.name not in GPU_IMPLS or on_gpu:  # on a CPU nobody expects a GPU kernel
+            skipped.append(f"{impl.name}: {reason}")
     raise ValueError(f"{op}: unknown impl {name!r}; expected 'auto' or one of {[i.name for i in impls]}")
 
 

@@ -64,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data", required=True, type=Path, metavar="DIR", help="a dataset of `pgolf data`, or the challenge's"
     )
-    p.add_argument("--run", dest="run_dir", required=True, type=Path, metavar="DIR", help="the run directory")
+    # torchrun reads `--run` as an abbreviation of an option of its own, hence the second name.
+    p.add_argument(
+        "--run", "--run-dir", dest="run_dir", required=True, type=Path, metavar="DIR", help="the run directory"
+    )
     p.add_argument("--steps", type=int, metavar="N", help="train N steps, whatever the time they take")
     p.add_argument("--seconds", type=float, metavar="S", help="train S seconds")
     _add_settings(p)

@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from .errors import InputError
-from .progress import CONSOLE, meter, show
+from .progress import CONSOLE, meter, show, staged_meter
 
 
 def is_main_rank() -> bool:
@@ -36,7 +36,7 @@ def data_prepare(args: Namespace) -> dict:
 def _prepare(args: Namespace, corpus) -> dict:
     from .data.prepare import prepare
 
-    with meter("preparing data") as on_progress:
+    with staged_meter("preparing data") as on_progress:
         manifest = prepare(
             corpus,
             args.out,

@@ -81,8 +81,8 @@ class Config:
     min_lr: float = 0.0  # floor of the learning-rate multiplier
 
     # Running
-    dtype: str = "auto"  # activations: "bfloat16", "float32", or what the machine multiplies fast
-    compile: bool = True
+    dtype: str = "auto"  # activations and Muon's products: "bfloat16", "float32", or what the machine multiplies fast
+    compile: str = "auto"  # torch.compile: "on", "off", or on GPUs only
     micro_batch_tokens: int = 98304  # largest forward per rank; larger batches accumulate gradients
     log_every: int = 10
     val_every: int = 0  # 0: only at the end
@@ -184,6 +184,7 @@ class Config:
 FIELDS: dict[str, type | types.GenericAlias] = typing.get_type_hints(Config)
 CHOICES = {
     "loader": {"coprime", "sequential"},
+    "compile": {"auto", "on", "off"},
     "dtype": {"auto", "bfloat16", "float32"},
     "muon_coefficients": {"quintic", "polar_express"},
     "compressor": {"brotli", "lzma"},

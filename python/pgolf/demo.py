@@ -5,7 +5,7 @@ from pathlib import Path
 from . import run
 from .errors import InputError
 from .presets import preset
-from .progress import CONSOLE, meter
+from .progress import CONSOLE, meter, staged_meter
 
 
 def run_demo(run_dir: Path, data: Path, preset_name: str, settings: list[str], device: str) -> dict:
@@ -28,7 +28,7 @@ def run_demo(run_dir: Path, data: Path, preset_name: str, settings: list[str], d
     if (run_dir / run.CONFIG).exists():
         raise InputError(f"{run_dir}: holds a run already; delete it or name another with --run")
     if not (data / "manifest.json").exists():
-        with meter("preparing data") as on_progress:
+        with staged_meter("preparing data") as on_progress:
             prepare(stdlib_documents(), data, vocab_size=cfg.vocab_size, progress=on_progress)
     summary = train(cfg, data, run_dir, device=device)
     artifact = run_dir / run.ARTIFACT

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf_kernels import causal_attention, leaky_relu2_mlp, softcapped_cross_entropy
+from pgolf_kernels.optim import default_compute_dtype
 
 from .config import Config
 
@@ -51,13 +52,7 @@ def bigram_index(ids: Tensor, num_buckets: int) -> Tensor:
 
 def activation_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     """What cfg.dtype means on this device; "auto" is bfloat16 where the machine multiplies it faster than float32."""
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype)
-    if device.type == "cuda":
-        return torch.bfloat16
-    # oneDNN multiplies bfloat16 7 times as fast as float32 with AVX512-BF16 (and more with AMX), slower without.
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return default_compute_dtype(device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
 
 
 class BigramHash(nn.Module):

@@ -70,7 +70,6 @@ PRESETS: dict[str, Config] = {
         warmup_steps=0,
         warmdown_frac=0.5,
         log_every=1,
-        compile=False,
         int6_floor=0.0,
         eval_seq_len=64,
         eval_stride=16,

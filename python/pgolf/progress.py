@@ -61,6 +61,13 @@ def meter(description: str, enabled: bool = True) -> Iterator[Callable[[int, int
         yield lambda done, total: bar.update(done / max(total, 1))
 
 
+@contextmanager
+def staged_meter(description: str, enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for work in stages that reports (stage, done, total); total 0 means unknown."""
+    with Meter(description, enabled) as bar:
+        yield lambda stage, done, total: bar.update(done / total if total else 0.0, stage)
+
+
 class TrainingProgress:
     """The bar of a training run: its share of the time or step budget, whichever is further along."""
 

@@ -40,12 +40,13 @@ class Trainer:
         self.model = GPT(cfg).to(ranks.device)
         self.model.activation_dtype = activation_dtype(cfg, ranks.device)
         self.gradients = GradientBuffer(self.model)
-        self.optimisers = Optimisers(self.model, cfg, ranks.group)
+        self.optimisers = Optimisers(self.model, cfg, self.model.activation_dtype, ranks.group)
         self.average = WeightAverage(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.loader = self._new_loader()
         self.step = 0
         self.elapsed_s = 0.0
-        if cfg.compile:
+        self.compiled = compiles(cfg, ranks.device)
+        if self.compiled:
             self.model.compile(dynamic=False, fullgraph=True)
 
     def _new_loader(self):
@@ -129,6 +130,11 @@ class Trainer:
         return self.elapsed_s >= self.cfg.max_seconds
 
 
+def compiles(cfg: Config, device: torch.device) -> bool:
+    """What cfg.compile means on this device. On a CPU compiling takes longer than a run of minutes wins back."""
+    return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+
+
 def micro_batch_windows(num_windows: int, cfg: Config) -> int:
     """Windows per forward: the largest equal split of this rank's windows that fits cfg.micro_batch_tokens."""
     most = max(cfg.micro_batch_tokens // cfg.train_seq_len, 1)
@@ -162,14 +168,14 @@ def _train(cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distribu
             f"= {cfg.train_seq_len} x {ranks.world_size}; use --set train_batch_tokens=..."
         )
     dataset = Dataset.open(data, vocab_size=cfg.vocab_size)
-    ranks.barrier()  # every rank has looked at the directory before rank 0 writes to it
-    log = _open_run(cfg, dataset, run_dir, ranks) if ranks.is_main else None
     trainer = Trainer(cfg, dataset, ranks)
+    ranks.barrier()  # every rank has accepted its input before rank 0 writes anything
+    log = _open_run(cfg, dataset, run_dir, ranks) if ranks.is_main else None
     if resume:
         trainer.resume(run_dir)
         progress.note(f"resumed at step {trainer.step}")
     elif cfg.warmup_steps:
-        with progress.stage("compiling and warming up" if cfg.compile else "warming up"):
+        with progress.stage("compiling and warming up" if trainer.compiled else "warming up"):
             trainer.warm_up()
     if log:
         log.write(
@@ -177,7 +183,6 @@ def _train(cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distribu
             step=trainer.step,
             parameters=sum(p.numel() for p in trainer.model.parameters()),
             dtype=str(trainer.model.activation_dtype).removeprefix("torch."),
-            implementations=dict(dispatch.CHOSEN),
         )
     _loop(trainer, run_dir, log, progress)
 
@@ -204,7 +209,7 @@ def _train(cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distribu
 def _loop(trainer: Trainer, run_dir: Path, log: run.RunLog | None, progress) -> None:
     cfg, ranks = trainer.cfg, trainer.ranks
     cuda = ranks.device.type == "cuda"
-    logged = trainer.step, trainer.elapsed_s
+    first, logged = trainer.step, (trainer.step, trainer.elapsed_s)
     previous = None  # event at the end of the step before, so that the CPU runs at most one step ahead of the GPU
     started = time.perf_counter() - trainer.elapsed_s
     while not trainer.finished():
@@ -220,6 +225,8 @@ def _loop(trainer: Trainer, run_dir: Path, log: run.RunLog | None, progress) -> 
         trainer.elapsed_s = time.perf_counter() - started
 
         paused = time.perf_counter()
+        if log and trainer.step == first + 1:
+            log.write("implementations", implementations=dict(dispatch.CHOSEN))
         if trainer.step % cfg.log_every == 0:
             mean_loss = sum(ranks.gather(loss.item()))
             if log:
@@ -261,7 +268,7 @@ def _check_run_directory(cfg: Config, run_dir: Path, resume: bool) -> None:
 def _open_run(cfg: Config, dataset: Dataset, run_dir: Path, ranks: distributed.Ranks) -> run.RunLog:
     environment = run.describe_environment(ranks.device, ranks.world_size)
     run.write_atomically(run_dir / run.ENVIRONMENT, json.dumps(environment, indent=2).encode())
-    run.write_atomically(run_dir / run.TOKENIZER, dataset.tokenizer.model_bytes)
+    run.write_atomically(run_dir / run.TOKENIZER, dataset.tokenizer.model)
     run.write_atomically(run_dir / run.CONFIG, cfg.to_json().encode())
     return run.RunLog(run_dir / run.LOG)
 

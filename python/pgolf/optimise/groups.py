@@ -12,9 +12,14 @@ EMBEDDING_TABLES = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.we
 
 
 class Optimisers:
-    """Muon and AdamW stepped together; `base_lr` of each group times the schedule's multiplier is its learning rate."""
+    """Muon and AdamW stepped together; `base_lr` of each group times the schedule's multiplier is its learning rate.
 
-    def __init__(self, model: nn.Module, cfg: Config, process_group=None):
+    Args:
+        compute_dtype: of Muon's orthogonalisation.
+        process_group: ranks that share the orthogonalisation; None: this process does all of it.
+    """
+
+    def __init__(self, model: nn.Module, cfg: Config, compute_dtype: torch.dtype, process_group=None):
         named = dict(model.named_parameters())
         self.names = list(named)
         matrices = [named[n] for n in MUON_PARAMETERS]
@@ -29,6 +34,7 @@ class Optimisers:
             ns_steps=cfg.muon_steps,
             ns_coefficients=cfg.muon_coefficients,
             row_normalize=cfg.muon_row_normalize,
+            compute_dtype=compute_dtype,
             process_group=process_group,
         )
         self.adamw = torch.optim.AdamW(
