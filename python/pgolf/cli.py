@@ -1,4 +1,4 @@
-"""The `pgolf` program: one subcommand per step from text to score. Wrong input is one line on stderr and exit code 2."""
+"""The `pgolf` program: one subcommand per step from text to score. Wrong input is one line on stderr, exit code 2."""
 
 import argparse
 import json
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
             default="identity",
             help="identity keeps every byte; nmt_nfkc is the challenge's way, scored on normalised text",
         )
+        p.add_argument("--val-share", type=float, default=0.05, metavar="X", help="share of documents (default: 0.05)")
         p.add_argument("--strict", action="store_true", help="refuse text that does not survive encode and decode")
     p = command(data, "verify", commands.data_verify, "re-hash and re-check a dataset")
     p.add_argument("dir", type=Path, metavar="DIR")

@@ -5,7 +5,6 @@ Every function returns what --json prints. Heavy imports stay inside, so that `p
 
 import os
 from argparse import Namespace
-from pathlib import Path
 
 from .errors import InputError
 from .progress import CONSOLE, meter, show, staged_meter
@@ -42,8 +41,15 @@ def _prepare(args: Namespace, corpus) -> dict:
             args.out,
             vocab_size=args.vocab_size,
             normalization=args.normalization,
+            val_share=args.val_share,
             strict=args.strict,
             progress=on_progress,
+        )
+    changed = manifest["documents_changed"]
+    if changed["count"]:
+        CONSOLE.print(
+            f"warning: {changed['count']} documents do not survive encode and decode, e.g. {changed['example']}; "
+            "bits per byte count their normalised text (--strict refuses them)"
         )
     for split in ("train", "val"):
         counts = manifest["splits"][split]
@@ -58,8 +64,8 @@ def _prepare(args: Namespace, corpus) -> dict:
 def data_verify(args: Namespace) -> dict:
     from .data.prepare import verify
 
-    with meter("verifying"):
-        result = verify(args.dir)
+    with staged_meter("verifying") as on_progress:
+        result = verify(args.dir, progress=on_progress)
     _say(args, f"{args.dir}: every shard and the tokenizer are as the manifest says")
     return result
 

@@ -51,7 +51,8 @@ def evaluate(
         limit: score only the first targets; 0: all.
 
     Returns:
-        {"method", "share", "val_loss", "val_bpb", "tokens", "bytes", "seconds", "causal", "settings"}
+        {"method", "share", "val_loss", "val_bpb", "tokens", "bytes", "seconds", "causal", "text", "settings"};
+        "text" says whether bytes are of the raw text or of what the tokenizer normalised it to.
     """
     if method not in METHODS:
         raise InputError(f"eval: method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -67,7 +68,7 @@ def evaluate(
         dataset = Dataset.open(data, vocab_size=cfg.vocab_size)
         if header["tokenizer_sha256"] != dataset.tokenizer.sha256:
             raise InputError(
-                f"{data}: its tokenizer is not the one that {artifact} was trained with; bits per byte would mean nothing"
+                f"{data}: its tokenizer is not the one that {artifact} was trained with; use the data of that run"
             )
         scorer: BatchScorer = PerWindowSlot.from_config(cfg) if method == "slot" else score_frozen
         score = score_stream(
@@ -86,6 +87,7 @@ def evaluate(
             "share": "window" if method == "slot" else None,
             **score.as_dict(),
             "causal": True,
+            "text": "normalised" if dataset.tokenizer.normalised else "raw",
             "world_size": ranks.world_size,
             "settings": _settings(cfg, method),
         }

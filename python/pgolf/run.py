@@ -66,7 +66,7 @@ class RunLog:
 
 
 def read_log(run_dir: Path) -> list[dict]:
-    """The events of a run in order. Steps repeated after a resume appear once, as last written; a torn line is dropped."""
+    """The events of a run in order; a step repeated after a resume appears once, as last written."""
     events, position_of_step = [], {}
     path = run_dir / LOG
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
