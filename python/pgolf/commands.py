@@ -105,7 +105,7 @@ def pack(args: Namespace) -> dict:
         if (args.run_dir / run.CONFIG).exists():
             report = pack_run(args.run_dir, out, allow_oversize=args.allow_oversize)
         else:
-            report = repack(args.run_dir, out)
+            report = repack(args.run_dir, out, allow_oversize=args.allow_oversize)
     _say(args, f"wrote {out}: {report.artifact_bytes:,} bytes ({report.bits_per_parameter:.3f} bits per parameter)")
     return report.as_dict()
 
@@ -113,9 +113,9 @@ def pack(args: Namespace) -> dict:
 def unpack(args: Namespace) -> dict:
     from .artifact.pack import unpack as unpack_artifact
 
-    header = unpack_artifact(args.artifact, args.out)
-    _say(args, f"wrote {args.out}")
-    return header
+    paths = {name: str(path) for name, path in unpack_artifact(args.artifact, args.out).items()}
+    _say(args, "\n".join(f"wrote {path}" for path in paths.values()))
+    return paths
 
 
 def inspect(args: Namespace) -> dict:

@@ -1,7 +1,7 @@
 """Which windows see which tokens, and which of them each window scores: every target exactly once.
 
 A window holds inputs [start, start + length) and their next tokens as targets; it scores its targets from `score_from`
-on and has the earlier ones as context only. With stride = seq_len windows do not overlap and the whole window is scored.
+on and has the earlier ones as context only. With stride = seq_len windows do not overlap and all of each is scored.
 """
 
 from dataclasses import dataclass

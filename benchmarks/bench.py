@@ -1,0 +1,169 @@
+"""Time our kernels against their peers: `python -m benchmarks.bench [OP ...] [--quick] [--json] [--device cpu|cuda]`.
+
+A wrong result is never timed. Rivals take turns in one process, and what is reported is the ratio peer / ours within
+each round (median, p20, p80), because absolute times drift with clocks and neighbours far more than ratios do. On a CPU
+a round counts only if our threads hardly waited for a core; on a GPU the L2 is flushed before every sample, and each
+call is timed both replayed from a CUDA graph (device time) and launched eagerly (what a loop without graphs sees).
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import Limits, describe_machine, measure_limits
+from benchmarks.timing import compare_cpu, compare_cuda
+
+RESULTS = Path(__file__).parent / "results"
+PEER_FACTOR = 10.0  # a peer may be this many times less accurate than the baseline before we call it broken
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op. Every callable takes the tensors that `inputs` returns."""
+
+    shape: str
+    dtype: torch.dtype
+    inputs: Callable[[], tuple]  # fresh random inputs; called `buffers` times, and samples rotate through them
+    ours: dict[str, Callable]  # implementation name -> call
+    peers: dict[str, Callable]  # peer name -> call; the first is the baseline that sets the allowed error
+    exact: Callable  # float64 result: a tensor or a tuple of tensors
+    flops: float  # least arithmetic that the result needs, in operations of `dtype`
+    bytes: float  # least memory traffic, inputs read and outputs written once
+    buffers: int = 3
+
+
+def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _errors(got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    """Relative Frobenius error of each output; infinite where a value is not finite or a shape is wrong."""
+    errors = []
+    for ours, truth in zip(got, exact, strict=True):
+        fits = ours.shape == truth.shape and bool(torch.isfinite(ours).all())
+        errors.append(((ours.double() - truth).norm() / truth.norm()).item() if fits else float("inf"))
+    return errors
+
+
+def check(op: str, case: Case, inputs: tuple) -> None:
+    """The gate: ours at most twice the baseline's error against float64, peers at most PEER_FACTOR times.
+
+    Raises:
+        AssertionError: a result is wrong, so nothing is timed.
+    """
+    exact = _tensors(case.exact(*inputs))
+    errors = {name: _errors(_tensors(call(*inputs)), exact) for name, call in (*case.ours.items(), *case.peers.items())}
+    baseline = next(iter(case.peers))
+    eps = torch.finfo(case.dtype).eps
+    for name, found in errors.items():
+        factor = 2.0 if name in case.ours else PEER_FACTOR
+        for i, (error, allowed) in enumerate(zip(found, errors[baseline], strict=True)):
+            assert error <= factor * allowed + eps, (
+                f"{op} {case.shape}: output {i} of {name!r} has relative error {error:.2e}; "
+                f"{baseline!r} has {allowed:.2e}, so at most {factor * allowed + eps:.2e} is allowed"
+            )
+
+
+def run_case(op: str, case: Case, device: str, quick: bool, limits: Limits) -> list[dict]:
+    """Check, then time; one row per implementation, peer and way of timing."""
+    buffers = [case.inputs() for _ in range(1 if quick else case.buffers)]
+    check(op, case, buffers[0])
+    compare = compare_cuda if device == "cuda" else compare_cpu
+    at_limit_ms = 1e3 * limits.seconds(case.flops, case.bytes, case.dtype)
+    rows = []
+    for impl, ours in case.ours.items():
+        for timing, peer, result in compare(ours, case.peers, buffers, quick):
+            row = {"op": op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "impl": impl}
+            row |= {"peer": peer, "timing": timing} | result.columns()
+            rows.append(row | {"limit_fraction": round(at_limit_ms / result.ms, 4)})
+    return rows
+
+
+def available_ops() -> list[str]:
+    """Every op that has a benchmark."""
+    return sorted(path.stem.removeprefix("bench_") for path in (Path(__file__).parent / "ops").glob("bench_*.py"))
+
+
+def run(ops: Iterable[str] = (), device: str = "cpu", quick: bool = False, report: Callable = lambda row: None) -> list:
+    """Benchmark the ops (all of them by default) and return the rows; `report` gets each row as it appears.
+
+    Raises:
+        ValueError: no benchmark has that name.
+        AssertionError: a result is wrong.
+    """
+    known = available_ops()
+    ops = list(ops) or known
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"bench: op must be one of {known}, got {op!r}")
+    rows, limits = [], measure_limits(device)
+    for op in ops:
+        cases = importlib.import_module(f"benchmarks.ops.bench_{op}").cases
+        for case in cases(device, quick):
+            for row in run_case(op, case, device, quick, limits):
+                rows.append(row)
+                report(row)
+    return rows
+
+
+def commit() -> str:
+    """Short hash of the checkout, with "-dirty" if tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "no commit"
+
+
+def append_csv(rows: list[dict], device: str) -> None:
+    """Append to benchmarks/results/<op>.csv, with when, what and where in front of every row."""
+    RESULTS.mkdir(exist_ok=True)
+    stamp = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "commit": commit()} | describe_machine(device)
+    for row in rows:
+        path = RESULTS / f"{row['op']}.csv"
+        fresh = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [*stamp, *row], lineterminator="\n")
+            if fresh:
+                writer.writeheader()
+            writer.writerow(stamp | row)
+
+
+def _print_row(row: dict) -> None:
+    print(
+        f"{row['op']:18} {row['shape']:22} {row['dtype']:9} {row['timing']:6} {row['impl']:10} {row['ms']:9.4f} ms  "
+        f"{row['ratio_median']:6.2f}x [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}] of {row['peer']:24} "
+        f"{100 * row['limit_fraction']:5.1f} % of the limit"
+        + (f"  (waited {row['waited']:.0%})" * (row["waited"] > 0.02)),
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"one of {available_ops()}; all by default")
+    parser.add_argument("--quick", action="store_true", help="small cases, few rounds, nothing appended to the results")
+    parser.add_argument("--json", action="store_true", help="print the rows as one JSON list on stdout")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    unknown = set(options.ops) - set(available_ops())
+    if unknown:
+        parser.error(f"no benchmark for {sorted(unknown)}; expected {available_ops()}")
+    rows = run(options.ops, options.device, options.quick, report=_print_row)
+    if not options.quick:
+        append_csv(rows, options.device)
+    if options.json:
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    importlib.import_module("benchmarks.bench").main()  # under its own name, so that cases see the same classes

@@ -1,0 +1,94 @@
+"""Time candidate tiles of each product in newton_schulz: `python -m benchmarks.tune_newton_schulz`, on a GPU.
+
+The kernels take their tiles from a fixed table, because autotuning inside a timed training run costs more than it
+gives; this prints what that table should hold. Candidates compile in parallel processes first (Triton's cache on disk
+hands them over). Times are medians of CUDA-graph replays with a flushed L2.
+"""
+
+import itertools
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from pgolf_kernels.ops.newton_schulz import triton_kernel
+from pgolf_kernels.ops.newton_schulz.triton_kernel import Tile
+
+BANKS = [(22, 512, 512), (22, 256, 512), (11, 512, 1536), (11, 1536, 512)]
+SHARDS = [(3, 512, 512), (3, 256, 512), (2, 512, 1536)]  # a rank's share of eight
+SQUARE = [(64, 64), (128, 128)]
+OBLONG = [*SQUARE, (64, 128), (128, 64), (128, 256), (256, 128)]
+DEPTHS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4)
+
+
+def candidates(blocks: list[tuple[int, int]]) -> Iterator[Tile]:
+    """Tiles whose stages fit a Hopper multiprocessor and whose accumulator fits the registers."""
+    for (m, n), k, warps, stages in itertools.product(blocks, DEPTHS, WARPS, STAGES):
+        fits = 2 * stages * k * (m + n) <= 227 * 1024 and m * n <= 4096 * warps
+        if fits and not (m * n <= 4096 and warps == 8):
+            yield Tile(m, n, k, warps, stages)
+
+
+def products(shape: tuple[int, int, int]) -> Iterator[tuple[str, list, Callable[[Tile | None], object]]]:
+    """Name, candidate blocks and call(tile) of the four kinds of product that a bank of this shape needs."""
+    _, m, n = shape
+    short_dim = 1 if m <= n else 2
+    x = torch.randn(shape, device="cuda").half() / (m * n) ** 0.5
+    r = triton_kernel.symmetric(x, x, short_dim, 1.0)
+    yield "gram", SQUARE, lambda tile: triton_kernel.symmetric(x, x, short_dim, 1.0, tile=tile)
+    yield "square", SQUARE, lambda tile: triton_kernel.symmetric(r, r, 1, 2.0, -4.0, tile=tile)
+    yield "commuting", SQUARE, lambda tile: triton_kernel.symmetric(r, r, 1, 1.0, 3.0, 2.0, tile=tile)
+    yield "apply", OBLONG, lambda tile: triton_kernel.apply(r, x, short_dim, 3.0, x.dtype, tile=tile)
+
+
+def compile_tile(tile: Tile) -> None:
+    """Fill the disk cache: the machine code depends on layout and divisibility, so small banks stand for large ones."""
+    for shape in ((1, 256, 256), (1, 256, 512), (1, 512, 256)):
+        for _, blocks, call in products(shape):
+            if tile[:2] in blocks:
+                graph_ms(lambda c=call: c(tile), None, rounds=0)
+
+
+def graph_ms(call: Callable[[], object], flush: torch.Tensor | None, rounds: int = 12) -> float | None:
+    """Median time of a replay; None if the tile cannot run here."""
+    try:
+        call()
+    except Exception as error:  # too much shared memory or too many registers: a candidate less
+        print(f"skipped: {type(error).__name__}: {str(error).splitlines()[0][:100]}", flush=True)
+        return None
+    if not rounds:
+        return None
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(rounds):
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def main() -> None:
+    with ProcessPoolExecutor(min(12, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_tile, set(candidates(OBLONG)), chunksize=1))
+    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    for shape in (*BANKS, *SHARDS):
+        for name, blocks, call in products(shape):
+            timed = [(graph_ms(lambda c=call, t=tile: c(t), flush), tile) for tile in candidates(blocks)]
+            timed = sorted((ms, tile) for ms, tile in timed if ms is not None)
+            best = "  ".join(f"{1e3 * ms:.1f} us {tuple(tile)}" for ms, tile in timed[:4])
+            table = graph_ms(lambda c=call: c(None), flush)
+            print(f"{'x'.join(map(str, shape)):12} {name:9} table {1e3 * table:.1f} us; best {best}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

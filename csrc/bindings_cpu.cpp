@@ -1,0 +1,99 @@
+// The Python module pgolf_kernels._cpu: raw pointers as integers, sizes, a thread count. The only C++ file of the CPU
+// build that knows Python; the callers in pgolf_kernels/ops check every argument before they come here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/isa.h"
+#include "slot/slot.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+using Address = uintptr_t;  // tensor.data_ptr()
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_isa(py::module_& m) {
+  m.def("isa", [] { return pgolf::kIsaLevels[pgolf::default_level()]; }, "The instruction set level kernels run with.");
+  m.def(
+      "isa_levels",
+      [] { return std::vector<std::string>(pgolf::kIsaLevels, pgolf::kIsaLevels + pgolf::cpu_level() + 1); },
+      "The levels this CPU can run, worst first.");
+  m.def(
+      "cpu_features",
+      [] {
+        py::dict features;
+        for (const auto& [name, present] : pgolf::cpu_features()) features[name] = present;
+        return features;
+      },
+      "Which of the features that kernels use this CPU and its OS offer.");
+}
+
+void bind_slot(py::module_& m) {
+  using namespace pgolf::slot;
+  const auto problem = [](Address hidden, Address weight, Address targets, std::array<int64_t, 4> sizes, bool bf16,
+                          float softcap, bool before, int threads, const std::string& isa) {
+    const auto [B, T, D, V] = sizes;
+    return Problem{at<void>(hidden),
+                   at<void>(weight),
+                   at<int64_t>(targets),
+                   B,
+                   T,
+                   D,
+                   V,
+                   bf16 ? DType::bfloat16 : DType::float32,
+                   softcap,
+                   before,
+                   threads,
+                   isa};
+  };
+  py::class_<Problem>(m, "SlotProblem")
+      .def(py::init(problem), py::kw_only(), "hidden"_a, "weight"_a, "targets"_a, "sizes"_a, "bf16"_a, "softcap"_a,
+           "before"_a, "threads"_a, "isa"_a = "");
+  py::class_<Objective>(m, "SlotObjective")
+      .def(py::init([](Address weights, bool delta, bool bias, bool shared) {
+             return Objective{at<float>(weights), delta, bias, shared};
+           }),
+           py::kw_only(), "weights"_a, "delta"_a, "bias"_a, "shared"_a);
+  m.def(
+      "slot_fit_adamw",
+      [](const Problem& p, const Objective& objective, std::vector<double> learning_rates, double beta1, double beta2,
+         double eps, double weight_decay, Address x, Address losses) {
+        py::gil_scoped_release release;
+        fit(p, objective, {std::move(learning_rates), beta1, beta2, eps, weight_decay}, at<float>(x),
+            at<float>(losses));
+      },
+      py::arg(), py::arg(), py::kw_only(), "learning_rates"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "x"_a,
+      "losses"_a);
+  m.def(
+      "slot_score",
+      [](const Problem& p, Address rows, Address delta, int64_t delta_stride, Address bias, int64_t bias_stride,
+         Address nll) {
+        py::gil_scoped_release release;
+        score(p, at<bool>(rows), at<float>(delta), delta_stride, at<float>(bias), bias_stride, at<float>(nll));
+      },
+      py::arg(), py::kw_only(), "rows"_a, "delta"_a, "delta_stride"_a, "bias"_a, "bias_stride"_a, "nll"_a);
+  py::class_<Evaluator>(m, "SlotEvaluator")
+      .def(py::init<const Problem&, const Objective&>(), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "evaluate",
+          [](Evaluator& self, const std::vector<int64_t>& groups, Address x, Address losses, Address gradients) {
+            py::gil_scoped_release release;
+            self.evaluate(groups.data(), int64_t(groups.size()), at<float>(x), at<double>(losses),
+                          at<float>(gradients));
+          },
+          "groups"_a, py::kw_only(), "x"_a, "losses"_a, "gradients"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of pgolf_kernels on raw pointers.";
+  bind_isa(m);
+  bind_slot(m);
+}

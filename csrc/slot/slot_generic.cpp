@@ -1,0 +1,2 @@
+#define PGOLF_ISA generic
+#include "slot/slot_body.inl"

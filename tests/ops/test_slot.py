@@ -1,0 +1,363 @@
+"""SLOT against autograd, torch.optim and the published systems' own numbers; every implementation that can run here.
+
+Shapes: V = 77 and D = 37 are no multiple of any vector length; T = 61 leaves a tail in every block of rows; windows
+with one row and with none stand beside full ones. The golden arrays come from the published code, on V = 128, D = 32.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import DEVICES, assert_as_accurate
+
+from pgolf_kernels.ops.slot import LBFGS, AdamW, SlotFit, op, slot_fit, slot_score
+from pgolf_kernels.ops.slot.reference import RMS_EPS, freeze, loss_and_gradient
+
+B, T, D, V = 5, 61, 37, 77
+IMPLS = [i.name for i in op.FIT_IMPLS]
+
+
+def skip_unless_it_runs(impl, hidden):
+    chosen = next(i for i in op.FIT_IMPLS if i.name == impl)
+    if reason := chosen.why_not(type("Problem", (), {"hidden": hidden})):
+        pytest.skip(reason)
+
+
+def make(norm="after", dtype=torch.float64, device="cpu", batch=B, seed=None):
+    """A problem with something to learn: targets that the hidden states half predict. Weights of 0, 1 and between."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    weight = torch.randn(V, D) * 0.4
+    targets = torch.randint(V, (batch, T))
+    hidden = torch.randn(batch, T, D) + weight[targets]
+    hidden = F.rms_norm(hidden, (D,)) * (7 if norm == "before" else 1)
+    mask = torch.rand(batch, T) * (torch.rand(batch, T) < 0.7)
+    mask[0] = 0
+    mask[0, 17] = 0.3  # one row
+    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), mask.to(device)
+
+
+def naive_nll(hidden, weight, targets, delta, bias, softcap, norm):
+    """The definition, [B, T]; delta [B or 1, D] and bias [B or 1, V] may be None."""
+    h = hidden if delta is None else hidden + delta[:, None]
+    h = h if norm == "after" else h * (h.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
+    z = h @ weight.T if bias is None else h @ weight.T + bias[:, None]
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def naive_parameters(parameters, groups, like):
+    delta, bias = (torch.zeros(groups, n, dtype=like.dtype, requires_grad=True) for n in (D, V))
+    return [p for p, name in ((delta, "delta"), (bias, "bias")) if parameters in (name, "both")], (
+        delta if parameters != "bias" else None,
+        bias if parameters != "delta" else None,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("softcap", [30.0, 4.0, None])
+@pytest.mark.parametrize("norm", ["after", "before"])
+def test_closed_form_gradient_is_autograds(norm, softcap, device):
+    hidden, weight, targets, mask = make(norm, device=device)
+    delta = torch.randn(D, dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.randn(V, dtype=torch.float64, device=device, requires_grad=True)
+    exact = (naive_nll(hidden[1:2], weight, targets[1:2], delta[None], bias[None], softcap, norm) * mask[1]).sum()
+    want = torch.autograd.grad(exact, (delta, bias))
+    with torch.no_grad():
+        rows = freeze(hidden[1], weight, targets[1], mask[1] > 0, norm, mask[1].double())
+        loss, *got = loss_and_gradient(rows, weight, delta, bias, softcap)
+    torch.testing.assert_close(loss, exact.detach(), rtol=1e-13, atol=0)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("share, normalize", [("window", "window"), ("window", "batch"), ("batch", "batch")])
+@pytest.mark.parametrize("parameters", ["delta", "bias", "both"])
+@pytest.mark.parametrize("norm", ["after", "before"])
+def test_adamw_is_torchs(norm, parameters, share, normalize):
+    hidden, weight, targets, mask = make(norm)
+    config = AdamW(lr=0.03, betas=(0.3, 0.9), eps=1e-4, weight_decay=0.01, lr_min=0.001)
+    fit = slot_fit(hidden, weight, targets, mask, norm=norm, parameters=parameters, share=share, normalize=normalize,
+                   optimizer=config, steps=6, impl="reference")  # fmt: skip
+
+    leaves, (delta, bias) = naive_parameters(parameters, B if share == "window" else 1, hidden)
+    adamw = torch.optim.AdamW(leaves, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.01)
+    total = mask.sum(1) if normalize == "window" else mask.sum()
+    for k in range(6):
+        losses = (naive_nll(hidden, weight, targets, delta, bias, 30.0, norm) * mask).sum(1) / total
+        for group in adamw.param_groups:
+            group["lr"] = 0.001 + 0.5 * 0.029 * (1 + np.cos(np.pi * k / 6))
+        adamw.zero_grad()
+        losses.sum().backward()
+        adamw.step()
+        want = losses if share == "window" else losses.sum()[None]
+        torch.testing.assert_close(fit.loss_per_step[k], want.detach(), rtol=1e-6, atol=1e-7)
+    for got, want in ((fit.delta, delta), (fit.bias, bias)):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got, want.detach(), rtol=1e-6, atol=1e-7)
+
+
+# torch gained the cap on a line search's evaluations in 2.10.
+LINE_SEARCH = None if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10) else 25
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("norm", ["after", "before"])
+def test_lbfgs_is_torchs(norm, joint):
+    hidden, weight, targets, mask = make(norm, seed=3)  # a line search branches: one problem, not a lucky one per run
+    config = LBFGS(lr=0.3, max_iter=4, history=3, joint=joint, max_line_search=LINE_SEARCH)
+    fit = slot_fit(hidden, weight, targets, mask, norm=norm, parameters="both", share="window" if joint else "batch",
+                   normalize="batch", optimizer=config, steps=3, impl="reference")  # fmt: skip
+
+    leaves, (delta, bias) = naive_parameters("both", B if joint else 1, hidden)
+    lbfgs = torch.optim.LBFGS(leaves, lr=0.3, max_iter=4, history_size=3, line_search_fn="strong_wolfe")
+
+    def closure():
+        lbfgs.zero_grad()
+        loss = (naive_nll(hidden, weight, targets, delta, bias, 30.0, norm) * mask).sum() / mask.sum()
+        loss.backward()
+        return loss
+
+    want = torch.stack([lbfgs.step(closure).detach() for _ in range(3)])
+    torch.testing.assert_close(fit.loss_per_step[:, 0], want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(fit.delta, delta.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fit.bias, bias.detach(), rtol=1e-5, atol=1e-6)
+
+
+GOLDEN = np.load(Path(__file__).parent.parent / "golden/slot.npz")
+PUBLISHED = {  # share, normalize="batch" always; the rest as the system of that pull request ran it
+    "a": ("batch", AdamW(lr=0.003), {}),  # 1128
+    "b": ("batch", AdamW(lr=0.005), {}),  # 1217
+    "c1": ("window", AdamW(lr=0.005), {}),  # 1217 with a delta per window
+    "c2": ("window", AdamW(lr=0.005), {}),  # and a strictly causal mask
+    "d": ("batch", AdamW(lr=0.008, betas=(0.3, 0.9)), {"norm": "before"}),  # 1333
+    "e": ("window", AdamW(lr=0.012, lr_min=0.001), {"parameters": "both"}),  # 1313
+    "f": ("window", LBFGS(lr=0.1, max_iter=5, history=10, joint=True), {"parameters": "both"}),  # 675
+    "g": ("batch", LBFGS(lr=1.0, max_iter=25, history=20), {"parameters": "bias"}),  # 1350
+}
+
+
+def golden_mask(variant, window_start, window_len, scored_start, tokens, stride):
+    """Which positions each published system fits; [B, T]."""
+    t = torch.arange(tokens)[None]
+    context = t < scored_start.where(window_start > 0, 0)[:, None]
+    scored = (t >= scored_start[:, None]) & (t < window_len[:, None])
+    by_position = {"a": tokens - 1, "b": tokens - stride - 1, "c1": tokens - stride - 1}
+    if variant in by_position:
+        return (t < by_position[variant]).expand(len(window_start), -1)
+    return scored if variant in "ef" else context
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", sorted({name.split("/")[0] for name in GOLDEN.files if "/" in name}))
+def test_published_numbers(case, impl):
+    variant, softcap, stride = case[:-1], 15.0, 20
+    share, optimizer, options = PUBLISHED[variant]
+    dtype = torch.float64 if variant in "fg" else torch.float32  # line searches branch on rounding
+
+    def golden(name):
+        return torch.from_numpy(GOLDEN[f"{case}/{name}"])
+
+    def inputs(name):
+        return torch.from_numpy(GOLDEN[str(GOLDEN[f"{case}/{name}"])])
+
+    hidden, weight, targets = inputs("H").to(dtype), inputs("W").to(dtype), inputs("y").long()
+    if variant == "g":  # its bias joins after the softcap: the same as an uncapped head on the capped logits
+        hidden = softcap * torch.tanh(hidden @ weight.T / softcap)
+        weight, softcap = torch.eye(len(weight), dtype=dtype), None
+    skip_unless_it_runs(impl, hidden)
+    spans = [inputs(name) for name in ("window_start", "window_len", "scored_start")]
+    mask = golden_mask(variant, *spans, targets.shape[1], stride)
+    steps = {"f": 8, "g": 1}.get(variant) or len(golden("lr"))
+    fit = slot_fit(hidden, weight, targets, mask, softcap=softcap, share=share, normalize="batch", optimizer=optimizer,
+                   steps=steps, impl=impl, **options)  # fmt: skip
+
+    tolerance = max(1e-6, 100 * float(golden("sensitivity"))) if variant in "fg" else 1e-5
+    close = {"rtol": 0, "atol": tolerance}
+    for name in ("delta", "bias"):
+        if f"{case}/{name}" in GOLDEN.files:
+            torch.testing.assert_close(getattr(fit, name), golden(name), **close)
+    torch.testing.assert_close(fit.loss_per_step.sum(1), golden("losses").to(dtype), **close)
+    if variant == "g":
+        fit = fit._replace(bias=fit.bias.clamp(-5, 5))
+    rows = torch.arange(targets.shape[1])[None] < spans[1][:, None]
+    nll = slot_score(hidden, weight, targets, fit, softcap=softcap, norm=options.get("norm", "after"), rows=rows,
+                     impl=impl)  # fmt: skip
+    torch.testing.assert_close(nll, golden("nll")[rows], **close)
+
+
+@pytest.mark.parametrize("softcap", [30.0, 8.0, 80.0, None])  # usual, saturating, beyond what needs no row maximum
+@pytest.mark.parametrize("norm", ["after", "before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS[:-1])
+def test_as_accurate_as_the_reference(impl, device, dtype, norm, softcap):
+    options = {"softcap": softcap, "norm": norm}
+    skip_unless_it_runs(impl, torch.empty(0, dtype=dtype, device=device))
+    errors = []  # of the parameters: ours, the reference's
+    for parameters in 2 * ("delta", "bias", "both"):
+        inputs = make(norm, dtype, device)
+        rows = torch.rand(B, T, device=device) < 0.5
+
+        def run(inputs, impl, parameters=parameters, rows=rows):
+            fit = slot_fit(*inputs, **options, parameters=parameters, optimizer=AdamW(lr=0.02), steps=8, impl=impl)
+            return fit, slot_score(*inputs[:3], fit, **options, rows=rows, impl=impl)
+
+        (fit, nll), (fit_pt, nll_pt) = run(inputs, impl), run(inputs, "reference")
+        fit_64, nll_64 = run([t.double() if t.is_floating_point() else t for t in inputs], "reference")
+        largest_logit = float((inputs[0].double() @ inputs[1].double().T).abs().max())
+        assert_as_accurate(nll, nll_pt, nll_64, scale=largest_logit)
+        assert_as_accurate(fit.loss_per_step, fit_pt.loss_per_step, fit_64.loss_per_step, scale=largest_logit)
+        for ours, baseline, exact in zip(fit[:2], fit_pt[:2], fit_64[:2], strict=True):
+            if exact is not None:
+                errors.append([(x.double() - exact).square().mean() for x in (ours, baseline)])
+    # In the mean, not the maximum: AdamW divides by |g|, and a coordinate whose g is all rounding is a coin toss.
+    ours, baseline = torch.tensor(errors).mean(0).sqrt().tolist()
+    assert ours <= 2 * baseline, f"{ours:.2e} against {baseline:.2e}"
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(lr=0.02), LBFGS(max_iter=3)], ids=["adamw", "lbfgs"])
+@pytest.mark.parametrize("norm", ["after", "before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_window_does_not_see_its_batch(impl, device, dtype, norm, optimizer):
+    hidden, weight, targets, mask = make(norm, dtype, device, batch=8)
+    skip_unless_it_runs(impl, hidden)
+    rows = torch.rand(8, T, device=device) < 0.5
+
+    def run(first, last):
+        own = hidden[first:last], weight, targets[first:last]
+        fit = slot_fit(*own, mask[first:last], norm=norm, parameters="both", optimizer=optimizer, steps=3, impl=impl)
+        nll = slot_score(*own, fit, norm=norm, rows=rows[first:last], impl=impl)
+        return [*fit, *nll.split(rows[first:last].sum(1).tolist())]
+
+    whole, again, five, one = run(0, 8), run(0, 8), run(3, 8), run(5, 6)
+    for ours, width in ((again, 8), (five, 5), (one, 1)):
+        at = 5 if width == 1 else 8 - width
+        for name, part in zip(("delta", "bias"), ours[:2], strict=True):
+            assert torch.equal(part, whole[("delta", "bias").index(name)][at : at + width]), name
+        assert torch.equal(ours[2], whole[2][:, at : at + width])
+        for i, scores in enumerate(ours[3:]):
+            assert torch.equal(scores, whole[3 + at + i])
+
+
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(weight_decay=0.5), LBFGS(max_iter=2), LBFGS(max_iter=2, joint=True)], ids=str
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_window_without_rows_keeps_its_start(impl, optimizer):
+    hidden, weight, targets, mask = make(dtype=torch.float32)
+    mask[2] = 0
+    start = SlotFit(torch.randn(B, D), torch.randn(1, V), torch.empty(0))
+    fit = slot_fit(
+        hidden, weight, targets, mask, parameters="both", optimizer=optimizer, steps=2, init=start, impl=impl
+    )
+    assert torch.equal(fit.delta[2], start.delta[2]) and torch.equal(fit.bias[2], start.bias[0])
+    assert not torch.equal(fit.delta[1], start.delta[1])
+    if fit.loss_per_step.shape[1] == B:
+        assert (fit.loss_per_step[:, 2] == 0).all() and (fit.loss_per_step[:, 1] > 0).all()
+
+
+@pytest.mark.parametrize("share", ["window", "batch"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_first_loss_is_the_score_of_init(impl, share):
+    hidden, weight, targets, _ = make(dtype=torch.float32)
+    groups = B if share == "window" else 1
+    start = SlotFit(torch.randn(groups, D), torch.randn(groups, V), torch.empty(0))
+    mask = torch.ones(B, T, dtype=torch.bool)
+    fit = slot_fit(hidden, weight, targets, mask, share=share, parameters="both", optimizer=AdamW(), steps=1,
+                   init=start, impl=impl)  # fmt: skip
+    nll = slot_score(hidden, weight, targets, start, rows=mask, impl=impl).view(B, T)
+    want = nll.mean(1) if share == "window" else nll.mean(1).sum()[None]
+    torch.testing.assert_close(fit.loss_per_step[0], want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_rows_with_weight_are_read(impl):
+    """NaN and impossible targets outside the mask change nothing, and an output is never left unwritten."""
+    hidden, weight, targets, mask = make(dtype=torch.float32)
+    spoiled, wild = hidden.clone(), targets.clone()
+    spoiled[mask == 0], wild[mask == 0] = torch.nan, -100
+    options = {"optimizer": AdamW(), "steps": 2, "impl": impl}
+    fit, same = (slot_fit(h, weight, y, mask, **options) for h, y in ((hidden, targets), (spoiled, wild)))
+    assert torch.equal(fit.delta, same.delta) and torch.isfinite(fit.delta).all()
+    for h, y in ((hidden, targets), (spoiled, wild)):
+        nll = slot_score(h, weight, y, fit, rows=mask > 0, impl=impl)
+        assert nll.shape == (int((mask > 0).sum()),) and torch.isfinite(nll).all()
+    doubled = slot_fit(hidden, weight, targets, 2 * mask, **options)
+    torch.testing.assert_close(doubled.delta, fit.delta)  # normalised weights
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_zero_sizes(impl):
+    _, weight, _, _ = make(dtype=torch.float32)
+    for batch, tokens in ((0, 4), (2, 0)):
+        hidden, targets = torch.empty(batch, tokens, D), torch.empty(batch, tokens, dtype=torch.int64)
+        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        for share in ("window", "batch"):
+            fit = slot_fit(hidden, weight, targets, mask, share=share, optimizer=AdamW(), steps=2, impl=impl)
+            groups = 1 if share == "batch" else batch
+            assert torch.equal(fit.delta, torch.zeros(groups, D)) and fit.loss_per_step.shape == (2, groups)
+            assert slot_score(hidden, weight, targets, fit, rows=mask, impl=impl).shape == (0,)
+
+
+def test_inputs_are_untouched_and_compiled_callers_work():
+    inputs = make(dtype=torch.float32)
+    copies = [t.clone() for t in inputs]
+
+    def score(hidden, weight, targets, mask):
+        fit = slot_fit(hidden * 1, weight, targets, mask, optimizer=AdamW(), steps=2)
+        return slot_score(hidden, weight, targets, fit, rows=mask > 0).sum() + 1
+
+    assert torch.equal(torch.compile(score, backend="eager")(*inputs), score(*inputs))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden": torch.ones(2, 3)}, r"hidden must be floating point \[B, T, D\], D > 0, got torch.float32 \(2, 3\)"),
+        ({"weight": torch.ones(V, D + 1)}, r"weight must be \[V, D\] with D = 37 .* got \(77, 38\)"),
+        ({"weight": torch.ones(V, D).bfloat16()}, r"weight must have hidden's dtype .* got torch.bfloat16; cast"),
+        ({"targets": torch.zeros(B, T)}, r"targets must be int64 \(5, 61\), got torch.float32"),
+        ({"targets": torch.full((B, T), V)}, r"must be in \[0, 77\), got 77 to 77; leave padding out"),
+        ({"fit_mask": -torch.ones(B, T)}, r"fit_mask must be finite and >= 0, got a negative"),
+        ({"fit_mask": torch.ones(B, T).long()}, r"fit_mask must be bool or floating point, got torch.int64"),
+        ({"fit_mask": torch.ones(B, 1)}, r"row mask must have targets' shape \(5, 61\), got \(5, 1\)"),
+        ({"softcap": -1.0}, r"softcap must be a finite number > 0, or None for no cap, got -1"),
+        ({"norm": "both"}, r"norm must be one of \('after', 'before'\), got 'both'"),
+        ({"share": "all"}, r"share must be one of"),
+        ({"normalize": "none"}, r"normalize must be one of"),
+        ({"parameters": "gamma"}, r"parameters must be one of"),
+        ({"steps": -1}, r"steps must be an int >= 0, got -1"),
+        ({"optimizer": torch.optim.AdamW}, r"optimizer must be an AdamW or LBFGS"),
+        ({"optimizer": AdamW(betas=(0.9, 1.0))}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        (
+            {"optimizer": LBFGS(joint=True), "share": "batch"},
+            r"needs share='window', got 'batch'; share='batch' is one",
+        ),
+        ({"init": SlotFit(torch.ones(2, D), None, None)}, r"init.delta must be \(1, 37\) or \(5, 37\) on cpu, got \(2"),
+        ({"init": SlotFit(None, torch.ones(1, V), None)}, r"init.delta must be .* got None"),
+        ({"impl": "triton"}, r"unknown impl 'triton'; expected 'auto' or one of \['cpu', 'reference'\]"),
+    ],
+)
+def test_errors_say_what_must_hold_and_what_came(change, message):
+    hidden, weight, targets, mask = make(dtype=torch.float32)
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets, "fit_mask": mask, "optimizer": AdamW()}
+    with pytest.raises(ValueError, match=f"slot_fit: .*{message}"):
+        slot_fit(**{**arguments, "steps": 1, **change})
+
+
+def test_errors_of_slot_score():
+    hidden, weight, targets, mask = make()
+    with pytest.raises(ValueError, match=r"slot_score: rows must be a bool mask \[B, T\], got torch.float32"):
+        slot_score(hidden, weight, targets, None, rows=mask)
+    fit = SlotFit(torch.ones(2, D), None, torch.empty(0))
+    with pytest.raises(ValueError, match=r"slot_score: fit.delta must be \(1, 37\) or \(5, 37\) on cpu, got \(2, 37\)"):
+        slot_score(hidden, weight, targets, fit, rows=mask > 0)
+    with pytest.raises(ValueError, match=r"impl='cpu' cannot run here: .* got torch.float64 on cpu"):
+        slot_score(hidden, weight, targets, None, rows=mask > 0, impl="cpu")
