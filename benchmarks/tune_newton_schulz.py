@@ -41,7 +41,7 @@ def products(shape: tuple[int, int, int]) -> Iterator[tuple[str, list, Callable[
     yield "gram", SQUARE, lambda tile: triton_kernel.symmetric(x, x, short_dim, 1.0, tile=tile)
     yield "square", SQUARE, lambda tile: triton_kernel.symmetric(r, r, 1, 2.0, -4.0, tile=tile)
     yield "commuting", SQUARE, lambda tile: triton_kernel.symmetric(r, r, 1, 1.0, 3.0, 2.0, tile=tile)
-    yield "apply", OBLONG, lambda tile: triton_kernel.apply(r, x, short_dim, 3.0, x.dtype, tile=tile)
+    yield "apply", OBLONG, lambda tile: triton_kernel.apply(r, x, short_dim, 3.0, torch.empty_like(x), tile=tile)
 
 
 def compile_tile(tile: Tile) -> None:

@@ -183,7 +183,7 @@ def doctor(args: Namespace) -> dict:
 
     result = examine()
     for name, value in result.items():
-        _say(args, f"{name:24} {value}")
+        _say(args, f"{name:30} {value}")
     return result
 
 

@@ -3,12 +3,15 @@
 The model, its shape and the settings of the method come from the artifact alone; the text comes from the dataset.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from pgolf_kernels import dispatch
 
 from . import distributed, run
 from .artifact.pack import load_artifact
@@ -90,6 +93,8 @@ def evaluate(
             "text": "normalised" if dataset.tokenizer.normalised else "raw",
             "world_size": ranks.world_size,
             "settings": _settings(cfg, method),
+            "implementations": dict(dispatch.CHOSEN),
+            "artifact_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest(),
         }
         if ranks.is_main:
             run.update_json(artifact.parent / run.SCORES, method, result)

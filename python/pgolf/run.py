@@ -55,7 +55,10 @@ class RunLog:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")  # killed while it wrote a line
         self._file = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
 
     def write(self, event: str, **values: object) -> None:
         self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")

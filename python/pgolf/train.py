@@ -254,7 +254,7 @@ def _loop(trainer: Trainer, run_dir: Path, log: run.RunLog | None, progress) -> 
 def validate(trainer: Trainer) -> dict:
     """val_loss (nats per token) and val_bpb of the weights as they are, over windows that do not overlap."""
     score = plain_score(trainer.model, trainer.dataset, trainer.cfg, trainer.ranks)
-    return {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
+    return {"val_loss": score.val_loss, "val_bpb": score.val_bpb, "val_tokens": score.tokens, "val_bytes": score.bytes}
 
 
 def _check_run_directory(cfg: Config, run_dir: Path, resume: bool) -> None:

@@ -24,8 +24,8 @@ IMPL_NAMES = [i.name for i in op.IMPLS]
 # batch dimensions. Real sizes run in the benchmark's correctness gate.
 SHAPES = [(1, 1), (1, 1, 7), (2, 65, 33), (3, 72, 72), (2, 40, 130), (2, 2, 96, 24)]
 SPECTRA = ["gauss", "power_law", "low_rank", "with_zero_matrix"]
-if TRITON_INTERPRETED:  # seconds per call: a tail with strides transposed, and the Gram form, on the hard spectra
-    SHAPES, SPECTRA = [(1, 65, 33), (2, 40, 80)], ["power_law", "with_zero_matrix"]
+if TRITON_INTERPRETED:  # seconds per call: several tiles with tails, tall and in the Gram form, on the hard spectra
+    SHAPES, SPECTRA = [(1, 100, 72), (2, 72, 144)], ["power_law", "with_zero_matrix"]
 
 
 def matrices(shape, spectrum, device):
@@ -168,6 +168,16 @@ def test_compiles_to_one_graph():
     g = torch.randn(2, 16, 24)
     compiled = torch.compile(newton_schulz, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(g), newton_schulz(g))
+
+
+@pytest.mark.parametrize("impl", IMPL_NAMES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_changes_nothing(impl, device):
+    g = torch.randn(1, 40, 24, device=device)
+    dtype = torch.float32 if impl == "reference" else torch.bfloat16
+    outside = run_or_skip(impl, g, dtype=dtype)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(newton_schulz(g, dtype=dtype, impl=impl), outside)
 
 
 def test_schedule():

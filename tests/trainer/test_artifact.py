@@ -1,75 +1,36 @@
-"""The artifact: the originals' codes, exact round trips, the same bytes twice, and a reader that survives any file.
+"""The artifact: what becomes of each tensor, the originals' codes, the order of the planes, packing and looking inside.
 
-The tensors of `small_tensors` are the least of each role: a scalar and an empty tensor, one row, one column, three
-dimensions; `weights` has real roles, because those depend on size (matrices above 65,536 values).
+`weights` has the least matrices that are coded (above 65,536 values), `small_tensors` smaller ones of every kind.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-import lzma
 import math
 import os
-import struct
-import tracemalloc
 from pathlib import Path
 
-import brotli
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from artifact_samples import TOKENIZER, coded, small_content, small_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from pgolf import run
 from pgolf.artifact import container, pack, planes
-from pgolf.artifact.header import Header, TensorEntry
+from pgolf.artifact.header import TensorEntry
 from pgolf.artifact.inspect import inspect, table
-from pgolf.artifact.quantise import CodedTensor, int6_clip, quantise_int8, quantise_state, tensor_role
+from pgolf.artifact.quantise import int6_clip, quantise_int8, quantise_state, tensor_role
 from pgolf.config import Config
 from pgolf.errors import InputError
 from pgolf.model import GPT
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden/int6.npz")
 GOLDEN_STATE = np.load(Path(__file__).parent.parent / "golden/int6_state.npz")
-TOKENIZER = hashlib.sha256(b"a tokenizer").hexdigest()
 FUZZ = settings(max_examples=200, deadline=None)
-
-
-def coded(role: str, *shape: int) -> CodedTensor:
-    if role == "float16":
-        return CodedTensor(role, shape, torch.randn(shape).half())
-    largest = {"int6": 31, "int8": 127}[role]
-    rows, columns = shape[0], math.prod(shape[1:])
-    codes = (torch.randn(rows, columns) * torch.rand(rows, 1) * torch.rand(columns) * largest).round()
-    codes = codes.clamp(-largest, largest).to(torch.int8)
-    return CodedTensor(role, shape, codes, torch.rand(rows).add(0.01).half())
-
-
-def small_tensors() -> dict[str, CodedTensor]:
-    return {
-        "blocks.0.attn.c_q.weight": coded("int6", 5, 7),
-        "bigram.scale": coded("float16"),
-        "tok_emb.weight": coded("int8", 6, 4),
-        "blocks.0.mlp.fc.weight": coded("int6", 1, 9),
-        "nothing": coded("float16", 0, 3),
-        "blocks.0.mlp.proj.weight": coded("int6", 8, 1),
-        "skip_weights": coded("float16", 2, 3),
-        "experts": coded("int8", 2, 3, 5),
-    }
-
-
-def small_content(**config: object) -> container.Content:
-    return pack.make_content(Config().replace(**config), small_tensors(), TOKENIZER, {"note": ["any", {"json": 1.5}]})
-
-
-@functools.cache
-def seeded_content() -> container.Content:
-    """The same in every process, so that hypothesis can replay a failure."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return small_content()
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +44,6 @@ def weights() -> dict[str, torch.Tensor]:
         "bigram.scale": (),
     }
     return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def assert_same(a: dict[str, CodedTensor], b: dict[str, CodedTensor]) -> None:
-    assert list(a) == list(b)
-    for name in a:
-        x, y = a[name], b[name]
-        assert (x.role, tuple(x.shape)) == (y.role, tuple(y.shape))
-        assert x.values.equal(y.values)
-        assert (x.scale is None and y.scale is None) or x.scale.equal(y.scale)
 
 
 # --- which tensor becomes what, and the numbers in it ---
@@ -198,7 +150,8 @@ def test_tensors_that_cannot_be_stored_are_named(tensor, message):
 def test_planes_round_trip(shapes):
     matrices = [coded("int8", *shape).values.numpy() for shape in shapes]
     matrices += [np.zeros_like(m) for m in matrices]
-    levels = [planes.spread_levels(m) for m in matrices]
+    with np.errstate(all="raise"):
+        levels = [planes.spread_levels(m) for m in matrices]
     plane = planes.gather_codes(matrices, levels)
     assert sorted(plane) == sorted(b"".join(m.tobytes() for m in matrices))
     for got, expected in zip(planes.scatter_codes(plane, levels), matrices, strict=True):
@@ -216,6 +169,26 @@ def test_any_levels_are_an_order(data):
         levels.append(tuple(np.array(line, dtype=np.int8) for line in lines))
     plane = bytes(data.draw(st.binary(min_size=(n := sum(r.size * c.size for r, c in levels)), max_size=n)))
     assert planes.gather_codes(planes.scatter_codes(plane, levels), levels) == plane
+
+
+def test_order_of_a_plane():
+    """Files outlive the program: the order is part of the format."""
+    a, b = (np.arange(n, dtype=np.int8).reshape(-1, 8) for n in (96, 16))
+    flat = (np.zeros(12, dtype=np.int8), np.zeros(8, dtype=np.int8))
+    assert planes.gather_codes([a], [flat]) == a.tobytes()
+    odd_rows_first = (np.array([1, -1] * 6, dtype=np.int8), np.zeros(8, dtype=np.int8))
+    last_column_last = (np.zeros(2, dtype=np.int8), np.array([-1] * 7 + [1], dtype=np.int8))
+    expected = a[1::2].tobytes() + b[:, :7].tobytes() + a[::2].tobytes() + b[:, 7].tobytes()
+    assert planes.gather_codes([a, b], [odd_rows_first, last_column_last]) == expected
+
+
+def test_levels_are_half_steps_of_log2_mean_square():
+    rows, columns = planes.spread_levels(np.array([[4, -4], [1, 1]], dtype=np.int8))
+    assert rows.tolist() == [8, 0]  # 2 log2(16 + 1/12), 2 log2(1 + 1/12)
+    assert columns.tolist() == [0, 0]
+    rows, columns = planes.spread_levels(np.array([[0, 8], [0, 8]], dtype=np.int8))
+    assert rows.tolist() == [10, 10]  # 2 log2(32 + 1/12)
+    assert columns.tolist() == [-17, 2]  # 2 log2(1/12 / 32.08), 2 log2(64.08 / 32.08)
 
 
 def test_shuffle_puts_low_bytes_first():
@@ -236,192 +209,6 @@ def test_buckets_beat_row_order():
     side = b"".join(part.tobytes() for pair in levels for part in pair)
     buckets = sum(map(len, container.compress(planes.gather_codes(matrices, levels) + side, "brotli")))
     assert buckets < 0.97 * rows
-
-
-# --- the file ---
-
-
-@pytest.mark.parametrize("compressor", container.COMPRESSORS)
-@pytest.mark.parametrize("piece", [container.PIECE_BYTES, 100, 1], ids=lambda n: f"{n} byte pieces")
-def test_file_round_trip(compressor, piece, monkeypatch):
-    monkeypatch.setattr(container, "PIECE_BYTES", piece)
-    content = small_content(compressor=compressor, ve_layers=(9, 10))
-    data = container.encode(content)
-    read = container.decode(data)
-    assert_same(read.tensors, content.tensors)
-    assert read.header == content.header
-    assert read.header.config.ve_layers == (9, 10)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    assert container.encode(read) == data  # the same bytes, whatever the number of threads
-
-
-def test_empty_artifact():
-    content = pack.make_content(Config(), {}, TOKENIZER)
-    assert container.decode(container.encode(content)).tensors == {}
-
-
-def resign(data: bytes) -> bytes:
-    """Give changed data the hash it should have."""
-    return data[:12] + hashlib.sha256(data[44:]).digest() + data[44:]
-
-
-def build(header: object, tensors: bytes = b"", compressor: int = 0) -> bytes:
-    """A file that is well signed and says anything."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    raw = struct.pack("<I", len(text)) + text + tensors
-    piece = brotli.compress(raw, quality=1)
-    return sign(compressor, len(raw), piece)
-
-
-def sign(compressor: int, size: int, piece: bytes) -> bytes:
-    """A file of one piece that says it holds `size` bytes."""
-    return resign(b"pgolfart" + struct.pack("<I32sBQI", 1, b"", compressor, size, len(piece)) + piece)
-
-
-def test_every_changed_or_missing_byte_is_refused():
-    data = container.encode(small_content())
-    for i in range(len(data)):
-        with pytest.raises(InputError):
-            container.decode(data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :])
-        with pytest.raises(InputError):
-            container.decode(data[:i])
-
-
-@given(st.data())
-@FUZZ
-def test_damage_under_a_right_hash_is_refused_or_read(data):
-    """Overwrite, cut or insert bytes behind the hash and sign again: the reader may refuse, but never crash."""
-    read_or_refuse(resign(damage(data, container.encode(seeded_content()), start=44)))
-
-
-@given(st.data())
-@FUZZ
-def test_damaged_content_is_refused_or_read(data):
-    """The same behind the compressor, where damage reaches the header and the planes."""
-    content = seeded_content()
-    text, tensors = content.header.to_json(), b"".join(container.tensor_planes(content.tensors).values())
-    raw = damage(data, struct.pack("<I", len(text)) + text + tensors, start=0)
-    read_or_refuse(sign(0, len(raw), brotli.compress(raw, quality=1)))
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=10,
-)
-
-
-@given(st.data())
-@FUZZ
-def test_lying_headers_are_refused_or_read(data):
-    header, tensors = seeded_content().header.as_dict(), seeded_content().tensors
-    where = data.draw(st.sampled_from(["config", "tensors", "shape", "top"]))
-    if where == "config":
-        header["config"][data.draw(st.sampled_from(sorted(header["config"])))] = data.draw(JSON)
-    elif where == "tensors":
-        header["tensors"][data.draw(st.integers(0, 7))] = data.draw(JSON)
-    elif where == "shape":
-        header["tensors"][data.draw(st.integers(0, 7))][2] = data.draw(st.lists(st.integers(-2, 2**70), max_size=4))
-    else:
-        header[data.draw(st.sampled_from(sorted(header)))] = data.draw(JSON)
-    read_or_refuse(build(header, b"".join(container.tensor_planes(tensors).values())))
-
-
-def damage(data: st.DataObject, original: bytes, start: int) -> bytes:
-    """Overwrite, cut out or insert up to 40 bytes somewhere from `start` on."""
-    at, insert = data.draw(st.integers(start, len(original))), data.draw(st.binary(max_size=40))
-    cut = data.draw(st.just(len(insert)) | st.integers(0, 40))
-    return original[:at] + insert + original[at + cut :]
-
-
-def read_or_refuse(data: bytes) -> None:
-    try:
-        content = container.decode(data)
-    except InputError:
-        return
-    assert all(t.dequantize().isfinite().all() for t in content.tensors.values())
-
-
-GOOD_HEADER = Header(Config(), TOKENIZER, (), {}).as_dict()
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "must have at least 53 bytes, got 0"),
-        (b"x" * 100, "must begin with b'pgolfart', got b'xxxxxxxx'"),
-        (b"pgolfart" + struct.pack("<I", 2) + bytes(100), "version must be 1, got 2; a newer pgolf may read it"),
-        (b"pgolfart" + struct.pack("<I", 1) + bytes(100), "SHA-256 does not match"),
-        (build(GOOD_HEADER, compressor=7), "the compressor must be one of .*, got 7"),
-        (build(GOOD_HEADER, compressor=1), "piece 0 is not .* of lzma"),
-        (build(GOOD_HEADER | {"more": 1}), "the header must be an object of exactly config, tokenizer_sha256"),
-        (build(b"{"), "the header is not valid JSON"),
-        (build(b"[" * 100_000), "the header is not valid JSON"),
-        (build(b'{"config": NaN}'), "NaN is not a number"),
-        (build(GOOD_HEADER, b"x"), "1 bytes of tensors follow, but the table adds up to 0"),
-        (build(GOOD_HEADER | {"tokenizer_sha256": "A" * 64}), "tokenizer_sha256 must be 64 hexadecimal digits"),
-        (build(GOOD_HEADER | {"config": {"num_heads": 0}}), "config: impossible values"),
-        (build(GOOD_HEADER | {"config": {"num_heads": True}}), "config: num_heads must be of type int, got bool"),
-        (build(GOOD_HEADER | {"config": {"num_head": 1}}), "unknown field 'num_head'; did you mean 'num_heads'"),
-        (build(GOOD_HEADER | {"config": {"compressor": "lzma"}}), "compressed by brotli, but its config says lzma"),
-        (build(GOOD_HEADER | {"tensors": [["a", "int4", [1]]]}), "every row of the table must be"),
-        (build(GOOD_HEADER | {"tensors": [["a", "int6", [0, 4]]]}), "codes not empty"),
-        (build(GOOD_HEADER | {"tensors": [["a", "int6", [2**62, 2**62]]]}), "the table adds up to"),
-        (build(GOOD_HEADER | {"tensors": [["a", "float16", [10**4000, 10**4000]]]}), "every row of the table must be"),
-        (build(GOOD_HEADER | {"tensors": [["a", "float16", [0]]] * 2}), "two tensors of the table have the same name"),
-        (build(GOOD_HEADER | {"tensors": [["a", "float16", [1]]]}, b"\0\x7c"), "a: values must be finite"),
-        (
-            build(GOOD_HEADER | {"tensors": [["a", "int6", [1, 1]]]}, b"\0\0\x20\0\x3c"),
-            "a: int6 codes must lie within 31",
-        ),
-        (
-            build(GOOD_HEADER | {"tensors": [["a", "int6", [1, 1]]]}, b"\0\0\x1f\0\0"),
-            "a: every scale must be .* above 0",
-        ),
-    ],
-)
-def test_reader_says_what_is_wrong(data, message, tmp_path):
-    path = tmp_path / "model.pgolf"
-    path.write_bytes(data)
-    for read in (pack.load_artifact, inspect):
-        with pytest.raises(InputError, match=f"model.pgolf: .*{message}"):
-            read(path)
-
-
-def test_sizes_that_do_not_fit_are_refused():
-    data = container.encode(small_content())
-    for offset, format_, value, message in (
-        (45, "<Q", 2**62, "the content must be at most 1,073,741,824 bytes"),
-        (45, "<Q", 2**30, "512 pieces are announced, but the file ends before their sizes"),
-        (45, "<Q", 5, "piece 0 is not 5 bytes of brotli .it holds .* or more"),
-        (53, "<I", 3, "but their sizes add up to 3"),
-    ):
-        changed = bytearray(data)
-        struct.pack_into(format_, changed, offset, value)
-        with pytest.raises(InputError, match=message):
-            container.decode(resign(bytes(changed)))
-    (size,) = struct.unpack_from("<Q", data, 45)
-    longer = data[:45] + struct.pack("<Q", size + 1) + data[53:]
-    with pytest.raises(InputError, match=f"piece 0 is not {size + 1:,} bytes of brotli .it ends after {size:,}"):
-        container.decode(resign(longer))
-
-
-@pytest.mark.parametrize("compressor", container.COMPRESSORS)
-def test_a_small_file_cannot_unfold_into_memory(compressor):
-    if compressor == "brotli":  # 64 bytes of it reach 84 MB
-        bomb, allowed = brotli.compress(bytes(2**28), quality=5, lgwin=24), 2**27
-    else:
-        bomb, allowed = lzma.compress(bytes(2**24), lzma.FORMAT_RAW, filters=[container.LZMA_FILTER]), 2**20
-    data = sign(container.COMPRESSORS.index(compressor), 1000, bomb)
-    assert len(data) < allowed / 100
-    tracemalloc.start()
-    try:
-        with pytest.raises(InputError, match="it holds .* or more"):
-            container.decode(data)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < allowed
 
 
 # --- packing, unpacking, looking inside ---
@@ -459,6 +246,27 @@ def test_pack_load_unpack_repack(weights, tmp_path):
     again = pack.repack(tmp_path / "unpacked", tmp_path / "again.pgolf")
     assert (tmp_path / "again.pgolf").read_bytes() == path.read_bytes()
     assert dataclasses.replace(again, path=report.path) == report
+
+
+def test_pack_run(weights, tmp_path):
+    with pytest.raises(InputError, match="not a run directory"):
+        pack.pack_run(tmp_path, tmp_path / "a.pgolf")
+    config = Config(preset="tiny", int6_clip="max")
+    (tmp_path / run.CONFIG).write_text(config.to_json())
+    with pytest.raises(InputError, match=f"holds no {run.MODEL}"):
+        pack.pack_run(tmp_path, tmp_path / "a.pgolf")
+    (tmp_path / run.MODEL).write_bytes(b"\xff" * 50)
+    with pytest.raises(InputError, match="tokenizer.model: cannot be read"):
+        pack.pack_run(tmp_path, tmp_path / "a.pgolf")
+    (tmp_path / run.TOKENIZER).write_bytes(b"a tokenizer")
+    with pytest.raises(InputError, match=f"{run.MODEL}: not a safetensors file"):
+        pack.pack_run(tmp_path, tmp_path / "a.pgolf")
+    safetensors.torch.save_file(weights, tmp_path / run.MODEL)
+    report = pack.pack_run(tmp_path, tmp_path / "a.pgolf")
+    artifact = pack.load_artifact(tmp_path / "a.pgolf")
+    assert {name: value.shape for name, value in artifact.state.items()} == {n: w.shape for n, w in weights.items()}
+    assert artifact.header["tokenizer_sha256"] == TOKENIZER
+    assert pack.pack_run(tmp_path, tmp_path / "b.pgolf").sha256 == report.sha256
 
 
 def test_a_model_survives_its_artifact(tmp_path):
@@ -529,7 +337,9 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"what was there"
 
 
-def test_header_refuses_what_json_cannot_hold(tmp_path):
+def test_header_refuses_what_it_cannot_hold(tmp_path):
+    with pytest.raises(InputError, match="the header may take 1,048,576 bytes, got .*; shorten extra"):
+        pack.pack_tensors(Config(), {}, TOKENIZER, tmp_path / "a", extra={"x": "y" * 2**20})
     for extra in ({"x": math.nan}, {"x": torch.ones(1)}):
         with pytest.raises(InputError, match="must hold JSON values only"):
             pack.pack_tensors(Config(), {}, TOKENIZER, tmp_path / "a", extra=extra)

@@ -94,8 +94,9 @@ class Int6Weight:
         found = zlib.crc32(body, zlib.crc32(data[: _HEADER.size]))
         require(found == crc, op, f"the CRC-32 must be {crc:#010x}", f"{found:#010x}", "the data is damaged")
 
-        everything = torch.tensor(body, dtype=torch.uint8)
-        scale, packed = everything[: 2 * n].view(torch.float16), everything[2 * n :].view(n, 3 * groups)
+        content = torch.frombuffer(bytearray(body or b"\0"), dtype=torch.uint8)[: len(body)]
+        scale = content[: 2 * n].view(torch.float16).clone()  # clones are aligned, the parts of a buffer are not
+        packed = content[2 * n :].view(n, 3 * groups).clone()
         _require_scales(scale)
         codes = reference.unpack(packed, 4 * groups)
         require(not (codes == -32).any(), op, "codes must lie in -31..31", -32)

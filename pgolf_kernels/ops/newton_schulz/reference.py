@@ -9,10 +9,11 @@ Row normalisation (MuonEq-R) first divides each row of G, one output neuron, by 
 Sources: https://kellerjordan.github.io/posts/muon, arXiv:2505.16932 (Polar Express), arXiv:2603.28254 (MuonEq).
 
 Norms are taken in float32 (float64 for float64), before the one rounding to `dtype`: the norm of a float16 gradient can
-overflow, and the published loops lose a rounding by casting first. Products run in `dtype`.
+overflow, and the published loops lose a rounding by casting first. Products run in `dtype`, under autocast too.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -43,8 +44,10 @@ def forward(g: Tensor, coefficients: Coefficients, row_normalize: bool, eps: flo
     x = normalize(g, row_normalize, eps).to(dtype).reshape(math.prod(batch), m, n)
     if m > n:
         x = x.mT
-    for a, b, c in coefficients:
-        gram = x @ x.mT  # (batch, min(m, n), min(m, n))
-        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, update, x, beta=a)
+    device = g.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        for a, b, c in coefficients:
+            gram = x @ x.mT  # (batch, min(m, n), min(m, n))
+            update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, update, x, beta=a)
     return (x.mT if m > n else x).reshape(g.shape).contiguous()

@@ -8,6 +8,8 @@ A block of one step is the standard iteration. Blocks of several steps (the Gram
 long >= 2 short, at a price in accuracy: rounding grows with p, the product of the block's a. In the first block that
 meets small singular values, which a power-law spectrum has many of (without any restart it diverges); in later blocks
 p I + P cancels down to 1. Hence the two bounds on p below; and the identity itself is never added in 16 bits.
+
+Inside, sides are padded with zeros to multiples of SIDE. They stay zero, so no product needs a mask.
 """
 
 import functools
@@ -21,6 +23,7 @@ from torch import Tensor
 
 GRAM_FORM_RATIO = 2  # long / short from which the Gram form needs clearly less arithmetic
 FIRST_GROWTH, LATER_GROWTH = 64.0, 16.0  # largest p of the first and of later blocks: quintic 3 + 2, polar 2 + 2 + 1
+SIDE = 64
 NORM_ROWS, NORM_COLS = 4, 512  # tile of the two normalisation kernels
 
 
@@ -31,7 +34,7 @@ def row_squares_kernel(
     """sums[matrix, row] = |g[matrix, row]|^2 in float32."""
     matrix = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, COLS)
+    col = tl.arange(0, COLS).to(tl.int64)
     at = g_ptr + matrix * stride_matrix + row.to(tl.int64)[:, None] * stride_row + col[None, :] * stride_col
     total = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, cols, COLS):
@@ -50,6 +53,8 @@ def normalize_kernel(
     eps,
     rows,
     cols,
+    padded_rows,
+    padded_cols,
     stride_matrix,
     stride_row,
     stride_col,
@@ -57,7 +62,7 @@ def normalize_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """x = g, rows divided by their norms if asked, divided by its Frobenius norm; x is contiguous."""
+    """x = g, rows divided by their norms if asked, divided by its Frobenius norm; x is contiguous, its padding zero."""
     matrix = tl.program_id(1).to(tl.int64)
     sums_ptr += matrix * rows
     every = tl.arange(0, COLS)
@@ -75,14 +80,15 @@ def normalize_kernel(
     if ROW_NORMALIZE:
         squares = tl.load(sums_ptr + row, mask=row < rows, other=1.0)
         scales = scales / tl.maximum(tl.sqrt(squares), eps)
-    col = tl.arange(0, COLS)
+    col = tl.arange(0, COLS).to(tl.int64)
     row_at = row.to(tl.int64)[:, None]
     g_at = g_ptr + matrix * stride_matrix + row_at * stride_row + col[None, :] * stride_col
-    x_at = x_ptr + (matrix * rows + row_at) * cols + col[None, :]
-    for start in range(0, cols, COLS):
+    x_at = x_ptr + (matrix * padded_rows + row_at) * padded_cols + col[None, :]
+    for start in range(0, padded_cols, COLS):
         inside = (row[:, None] < rows) & (start + col[None, :] < cols)
         g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(x_at, (g * scales[:, None]).to(x_ptr.dtype.element_ty), mask=inside)
+        stored = (row[:, None] < padded_rows) & (start + col[None, :] < padded_cols)
+        tl.store(x_at, (g * scales[:, None]).to(x_ptr.dtype.element_ty), mask=stored)
         g_at += COLS * stride_col
         x_at += COLS
 
@@ -106,12 +112,10 @@ def symmetric_kernel(
     gamma,
     size,
     depth,
-    stride_matrix,
     stride_row,
     stride_col,
     ADD_U: tl.constexpr,
     ADD_V: tl.constexpr,
-    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -119,43 +123,32 @@ def symmetric_kernel(
 
     U, V: [matrix, size, depth] with the strides given (square if ADD_*); out: [matrix, size, size], contiguous.
     """
-    across = tl.cdiv(size, BLOCK)
+    across = size // BLOCK
     tiles = across * (across + 1) // 2
     matrix = (tl.program_id(0) // tiles).to(tl.int64)
     tile_row, tile_col = _lower_tile(tl.program_id(0) % tiles)
     first_row, first_col = tile_row.to(tl.int64) * BLOCK, tile_col.to(tl.int64) * BLOCK
     i, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
-    u_ptr += matrix * stride_matrix
-    v_ptr += matrix * stride_matrix
+    u_ptr += matrix * size * depth
+    v_ptr += matrix * size * depth
     u_at = u_ptr + first_row * stride_row + i[:, None] * stride_row + k[None, :] * stride_col  # [BLOCK, BLOCK_K]
     v_at = v_ptr + first_col * stride_row + i[None, :] * stride_row + k[:, None] * stride_col  # [BLOCK_K, BLOCK]
-    row_inside, col_inside = tile_row * BLOCK + i < size, tile_col * BLOCK + i < size
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for start in range(0, depth, BLOCK_K):
-        if EVEN:
-            u = tl.load(u_at)
-            v = tl.load(v_at)
-        else:
-            k_inside = start + k < depth
-            u = tl.load(u_at, mask=row_inside[:, None] & k_inside[None, :], other=0.0)
-            v = tl.load(v_at, mask=col_inside[None, :] & k_inside[:, None], other=0.0)
-        acc = tl.dot(u, v, acc)
+    for _ in range(0, depth, BLOCK_K):
+        acc = tl.dot(tl.load(u_at), tl.load(v_at), acc)
         u_at += BLOCK_K * stride_col
         v_at += BLOCK_K * stride_col
     acc *= alpha
-    inside = row_inside[:, None] & col_inside[None, :]
-    corner = first_row * stride_row + first_col * stride_col
+    at = first_row * stride_row + first_col * stride_col + i[:, None] * stride_row + i[None, :] * stride_col
     if ADD_U:
-        u = tl.load(u_ptr + corner + i[:, None] * stride_row + i[None, :] * stride_col, mask=inside, other=0.0)
-        acc += beta * u.to(tl.float32)
+        acc += beta * tl.load(u_ptr + at).to(tl.float32)
     if ADD_V:
-        v = tl.load(v_ptr + corner + i[:, None] * stride_row + i[None, :] * stride_col, mask=inside, other=0.0)
-        acc += gamma * v.to(tl.float32)
+        acc += gamma * tl.load(v_ptr + at).to(tl.float32)
     out = acc.to(out_ptr.dtype.element_ty)
     out_ptr += matrix * size * size
-    tl.store(out_ptr + first_row * size + first_col + i[:, None] * size + i[None, :], out, mask=inside)
+    tl.store(out_ptr + first_row * size + first_col + i[:, None] * size + i[None, :], out)
     if tile_row != tile_col:
-        tl.store(out_ptr + first_col * size + first_row + i[None, :] * size + i[:, None], out, mask=inside)
+        tl.store(out_ptr + first_col * size + first_row + i[None, :] * size + i[:, None], out)
 
 
 @triton.jit
@@ -168,42 +161,43 @@ def apply_kernel(
     long,
     stride_short,
     stride_long,
-    EVEN: tl.constexpr,
+    out_short,
+    out_long,
+    out_stride_short,
+    out_stride_long,
+    CROP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = scale X + P X. P: [matrix, short, short], contiguous; X and out: [matrix, short, long] in one layout."""
-    down, along = tl.cdiv(short, BLOCK_M), tl.cdiv(long, BLOCK_N)
+    """out = scale X + P X. P: [matrix, short, short], contiguous; X: [matrix, short, long] with the strides given.
+
+    out: the first out_short by out_long of it (CROP: these are fewer), with its own strides.
+    """
+    down, along = short // BLOCK_M, long // BLOCK_N
     matrix = (tl.program_id(0) // (down * along)).to(tl.int64)
     tile = tl.program_id(0) % (down * along)
     first_m, first_n = (tile % down).to(tl.int64) * BLOCK_M, (tile // down).to(tl.int64) * BLOCK_N
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    before = matrix * short * long  # elements of the matrices before this one
-    p_ptr += matrix * short * short
-    x_ptr += before + first_n * stride_long
-    out_ptr += before + first_n * stride_long
-    p_at = p_ptr + first_m * short + m[:, None] * short + k[None, :]  # [BLOCK_M, BLOCK_K]
+    p_ptr += matrix * short * short + first_m * short
+    x_ptr += matrix * short * long + first_n * stride_long
+    p_at = p_ptr + m[:, None] * short + k[None, :]  # [BLOCK_M, BLOCK_K]
     x_at = x_ptr + k[:, None] * stride_short + n[None, :] * stride_long  # [BLOCK_K, BLOCK_N]
-    m_inside, n_inside = tile % down * BLOCK_M + m < short, tile // down * BLOCK_N + n < long
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, short, BLOCK_K):
-        if EVEN:
-            p = tl.load(p_at)
-            x = tl.load(x_at)
-        else:
-            k_inside = start + k < short
-            p = tl.load(p_at, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
-            x = tl.load(x_at, mask=k_inside[:, None] & n_inside[None, :], other=0.0)
-        acc = tl.dot(p, x, acc)
+    for _ in range(0, short, BLOCK_K):
+        acc = tl.dot(tl.load(p_at), tl.load(x_at), acc)
         p_at += BLOCK_K
         x_at += BLOCK_K * stride_short
     x_ptr += first_m * stride_short
-    out_ptr += first_m * stride_short
-    at = m[:, None] * stride_short + n[None, :] * stride_long
-    inside = m_inside[:, None] & n_inside[None, :]
-    acc += scale * tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    acc += scale * tl.load(x_ptr + m[:, None] * stride_short + n[None, :] * stride_long).to(tl.float32)
+    out_ptr += matrix * out_short * out_long + first_m * out_stride_short + first_n * out_stride_long
+    out_at = out_ptr + m[:, None] * out_stride_short + n[None, :] * out_stride_long
+    out = acc.to(out_ptr.dtype.element_ty)
+    if CROP:
+        m_inside, n_inside = tile % down * BLOCK_M + m < out_short, tile // down * BLOCK_N + n < out_long
+        tl.store(out_at, out, mask=m_inside[:, None] & n_inside[None, :])
+    else:
+        tl.store(out_at, out)
 
 
 class Tile(NamedTuple):
@@ -221,24 +215,38 @@ LARGE, SMALL = Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)
 
 def symmetric_tile(matrices: int, size: int) -> Tile:
     """128-wide tiles once they occupy most multiprocessors of a large GPU: 64-wide ones load twice as much."""
-    across = triton.cdiv(size, 128)
-    return LARGE if size >= 128 and matrices * across * (across + 1) // 2 >= 80 else SMALL
+    across = size // 128
+    return LARGE if size % 128 == 0 and matrices * across * (across + 1) // 2 >= 80 else SMALL
 
 
 def apply_tile(matrices: int, short: int, long: int) -> Tile:
     """As symmetric_tile, for the product with X."""
-    return LARGE if short >= 128 and matrices * triton.cdiv(short, 128) * triton.cdiv(long, 128) >= 80 else SMALL
+    fits = short % 128 == 0 and long % 128 == 0
+    return LARGE if fits and matrices * (short // 128) * (long // 128) >= 80 else SMALL
 
 
 def _normalized(g: Tensor, row_normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
-    """(matrices, rows, cols), any strides -> the same shape, contiguous, in dtype, Frobenius norms 1."""
+    """(matrices, rows, cols), any strides -> padded, contiguous, in dtype, Frobenius norms 1."""
     matrices, rows, cols = g.shape
+    padded_rows, padded_cols = (triton.cdiv(side, SIDE) * SIDE for side in (rows, cols))
     sums = torch.empty(matrices, rows, dtype=torch.float32, device=g.device)
-    x = torch.empty(g.shape, dtype=dtype, device=g.device)
-    grid = (triton.cdiv(rows, NORM_ROWS), matrices)
-    row_squares_kernel[grid](g, sums, rows, cols, *g.stride(), ROWS=NORM_ROWS, COLS=NORM_COLS)
-    normalize_kernel[grid](
-        g, sums, x, eps, rows, cols, *g.stride(), ROW_NORMALIZE=row_normalize, ROWS=NORM_ROWS, COLS=NORM_COLS
+    x = torch.empty(matrices, padded_rows, padded_cols, dtype=dtype, device=g.device)
+    row_squares_kernel[(triton.cdiv(rows, NORM_ROWS), matrices)](
+        g, sums, rows, cols, *g.stride(), ROWS=NORM_ROWS, COLS=NORM_COLS
+    )
+    normalize_kernel[(padded_rows // NORM_ROWS, matrices)](
+        g,
+        sums,
+        x,
+        eps,
+        rows,
+        cols,
+        padded_rows,
+        padded_cols,
+        *g.stride(),
+        ROW_NORMALIZE=row_normalize,
+        ROWS=NORM_ROWS,
+        COLS=NORM_COLS,
     )
     return x
 
@@ -246,11 +254,11 @@ def _normalized(g: Tensor, row_normalize: bool, eps: float, dtype: torch.dtype) 
 def symmetric(
     u: Tensor, v: Tensor, short_dim: int, alpha: float, beta: float = 0.0, gamma: float = 0.0, tile: Tile | None = None
 ) -> Tensor:
-    """alpha U V^T + beta U + gamma V, summed over the dimension that is not `short_dim`."""
+    """alpha U V^T + beta U + gamma V, summed over the dimension other than `short_dim`; sides are multiples of SIDE."""
     matrices, size, depth = len(u), u.shape[short_dim], u.shape[3 - short_dim]
     out = torch.empty(matrices, size, size, dtype=u.dtype, device=u.device)
     tile = tile or symmetric_tile(matrices, size)
-    across = triton.cdiv(size, tile.block_m)
+    across = size // tile.block_m
     symmetric_kernel[(matrices * across * (across + 1) // 2,)](
         u,
         v,
@@ -260,12 +268,10 @@ def symmetric(
         gamma,
         size,
         depth,
-        u.stride(0),
         u.stride(short_dim),
         u.stride(3 - short_dim),
         ADD_U=beta != 0,
         ADD_V=gamma != 0,
-        EVEN=size % tile.block_m == 0 and depth % tile.block_k == 0,
         BLOCK=tile.block_m,
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
@@ -274,12 +280,11 @@ def symmetric(
     return out
 
 
-def apply(p: Tensor, x: Tensor, short_dim: int, scale: float, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
-    """scale X + P X in x's layout."""
+def apply(p: Tensor, x: Tensor, short_dim: int, scale: float, out: Tensor, tile: Tile | None = None) -> Tensor:
+    """out = scale X + P X in x's orientation; out may be smaller than x, and takes its first rows and columns."""
     short, long = x.shape[short_dim], x.shape[3 - short_dim]
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     tile = tile or apply_tile(len(x), short, long)
-    apply_kernel[(len(x) * triton.cdiv(short, tile.block_m) * triton.cdiv(long, tile.block_n),)](
+    apply_kernel[(len(x) * (short // tile.block_m) * (long // tile.block_n),)](
         p,
         x,
         out,
@@ -288,7 +293,11 @@ def apply(p: Tensor, x: Tensor, short_dim: int, scale: float, dtype: torch.dtype
         long,
         x.stride(short_dim),
         x.stride(3 - short_dim),
-        EVEN=short % tile.block_m == 0 and long % tile.block_n == 0 and short % tile.block_k == 0,
+        out.shape[short_dim],
+        out.shape[3 - short_dim],
+        out.stride(short_dim),
+        out.stride(3 - short_dim),
+        CROP=out.shape != x.shape,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -359,7 +368,8 @@ def forward(
         blocks, inner = blocks_of(coefficients, False), torch.bfloat16
     x = _normalized(g.reshape(-1, m, n), row_normalize, eps, inner)
     short_dim = 1 if m <= n else 2
+    result = torch.empty(len(x), m, n, dtype=dtype, device=g.device)
     for index, block in enumerate(blocks):
         p, total = _polynomial(symmetric(x, x, short_dim, alpha=1.0), block)
-        x = apply(total, x, short_dim, p, dtype if index + 1 == len(blocks) else inner)
-    return x.view(g.shape)
+        x = apply(total, x, short_dim, p, result if index + 1 == len(blocks) else torch.empty_like(x))
+    return result.view(g.shape)

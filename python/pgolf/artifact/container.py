@@ -33,7 +33,7 @@ from .quantise import CODE_MAX, CodedTensor
 
 MAGIC, VERSION = b"pgolfart", 1
 PIECE_BYTES = 2**21  # costs 0.00 % against 2**23 and keeps four times as many threads busy
-MAX_CONTENT_BYTES = 2**30  # 64 times the challenge's limit; bounds what a malicious file can make us allocate
+MAX_CONTENT_BYTES = 2**28  # 16 times the challenge's limit; bounds what a malicious file makes the reader allocate
 COMPRESSORS = ("brotli", "lzma")
 # Codes hold no repetitions worth a match: a dictionary of 4 KiB is 1.5 % smaller and ten times faster than preset 9's.
 LZMA_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 4096, "nice_len": 273, "lc": 0, "lp": 0, "pb": 0}

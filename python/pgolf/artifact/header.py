@@ -1,6 +1,7 @@
 """The artifact's header: JSON that says what the file holds. Read from a file that may say anything, so all is checked.
 
 {"config": {...}, "tokenizer_sha256": "...", "tensors": [[name, role, shape], ...], "extra": {...}}
+The limits below are far beyond any model; they bound what a malicious file makes the reader allocate.
 """
 
 import json
@@ -11,6 +12,10 @@ from dataclasses import dataclass
 from ..config import FIELDS, Config, nearest
 from ..errors import InputError
 from .quantise import ROLES
+
+MAX_HEADER_BYTES = 2**20
+MAX_TENSORS = 10_000
+MAX_ELEMENTS = 2**40  # of one tensor, zeros of its shape aside
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ class Header:
 
     def __post_init__(self) -> None:
         if not (len(self.tokenizer_sha256) == 64 and set(self.tokenizer_sha256) <= set("0123456789abcdef")):
-            raise InputError(f"tokenizer_sha256 must be 64 hexadecimal digits, got {self.tokenizer_sha256!r}")
+            raise InputError(f"tokenizer_sha256 must be 64 hexadecimal digits, got {self.tokenizer_sha256[:80]!r}")
+        if len(self.tensors) > MAX_TENSORS:
+            raise InputError(f"there may be at most {MAX_TENSORS:,} tensors, got {len(self.tensors):,}")
 
     def as_dict(self) -> dict:
         """The JSON object of the file."""
@@ -59,13 +66,18 @@ class Header:
     def to_json(self) -> bytes:
         """Compact UTF-8. Raises InputError if extra or config hold what JSON cannot."""
         try:
-            return json.dumps(self.as_dict(), separators=(",", ":"), allow_nan=False).encode()
+            text = json.dumps(self.as_dict(), separators=(",", ":"), allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise InputError(f"config and extra must hold JSON values only ({error})") from error
+        if len(text) > MAX_HEADER_BYTES:
+            raise InputError(f"the header may take {MAX_HEADER_BYTES:,} bytes, got {len(text):,}; shorten extra")
+        return text
 
     @classmethod
     def from_json(cls, text: bytes) -> "Header":
         """Raises InputError, saying what is wrong, on anything that to_json cannot have written."""
+        if len(text) > MAX_HEADER_BYTES:
+            raise InputError(f"the header may take {MAX_HEADER_BYTES:,} bytes, got {len(text):,}")
         try:
             values = json.loads(text.decode(), parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
@@ -86,8 +98,7 @@ def _refuse_constant(text: str) -> None:
 def _read_entry(row: object) -> TensorEntry:
     match row:
         case [str(name), str(role), [*shape]] if role in ROLES and len(shape) <= 8:
-            # Sizes are bounded so that their product stays a number that Python agrees to print.
-            if all(type(n) is int and 0 <= n < 2**63 for n in shape):
+            if all(type(n) is int and n >= 0 for n in shape) and math.prod(max(n, 1) for n in shape) <= MAX_ELEMENTS:
                 entry = TensorEntry(name, role, tuple(shape))
                 if role == "float16" or (shape and entry.num_values):
                     return entry

@@ -100,9 +100,8 @@ def pack_run(run_dir: Path, out: Path, allow_oversize: bool = False) -> PackRepo
         raise InputError(
             f"{run_dir}: holds no {run.MODEL}; finish the run first (`pgolf train --resume --run {run_dir}`)"
         )
-    state = safetensors.torch.load_file(run_dir / run.MODEL)
-    tokenizer = hashlib.sha256((run_dir / run.TOKENIZER).read_bytes()).hexdigest()
-    return pack_state(config, state, tokenizer, out, allow_oversize)
+    tokenizer = hashlib.sha256(read_bytes(run_dir / run.TOKENIZER)).hexdigest()
+    return pack_state(config, _load_safetensors(run_dir / run.MODEL), tokenizer, out, allow_oversize)
 
 
 def pack_tensors(
@@ -182,15 +181,12 @@ def unpack(path: Path, out_dir: Path) -> dict[str, Path]:
 
 def repack(directory: Path, out: Path, allow_oversize: bool = False) -> PackReport:
     """Pack what `unpack` wrote. Raises InputError if the two files do not fit each other."""
-    text, codes = read_bytes(Path(directory) / HEADER), read_bytes(Path(directory) / CODES)
+    text = read_bytes(Path(directory) / HEADER)
     try:
         header = Header.from_json(text)
     except InputError as error:
         raise InputError(f"{directory}/{HEADER}: {error}") from error
-    try:
-        stored = safetensors.torch.load(codes)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{directory}/{CODES}: not a safetensors file ({error})") from error
+    stored = _load_safetensors(Path(directory) / CODES)
     names = {e.name for e in header.tensors} | {e.name + _SCALE for e in header.tensors if e.role != "float16"}
     if names != set(stored):
         odd = sorted(names ^ set(stored))
@@ -202,6 +198,13 @@ def repack(directory: Path, out: Path, allow_oversize: bool = False) -> PackRepo
         except InputError as error:
             raise InputError(f"{directory}/{CODES}: {e.name}: {error}") from error
     return pack_tensors(header.config, tensors, header.tokenizer_sha256, out, allow_oversize, header.extra)
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: not a safetensors file ({error})") from error
 
 
 @functools.cache

@@ -5,6 +5,8 @@ matrices are: hidden neurons of an MLP differ several times in scale, so each ro
 next has a distribution of its own, which brotli cannot see in row order. Therefore every row and column of a matrix has
 a level, log2 of its mean square in half steps; the sum of the two levels names a bucket, and all codes of one bucket,
 over all matrices, stand together. The levels, one byte per row and column, are stored too and rebuild the order.
+Against row order this saved 4.1 % of brotli's bytes on a trained model at 4.8 steps per standard deviation, 5.3 % at
+2.5; storing whole matrices by rows or by columns, whichever are less even, would have saved 2.5 % and 3.4 %.
 """
 
 import numpy as np

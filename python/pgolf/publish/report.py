@@ -76,7 +76,7 @@ def ladder(record: RunRecord) -> Html | None:
                 element("dt", name),
                 element("dd", f"{value:.4f}", class_="big"),
                 element("dd", change),
-                class_="best" if value == best else None,
+                class_="best" if record.same_text and value == best else None,
             )
         )
         before = value

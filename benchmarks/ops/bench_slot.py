@@ -1,0 +1,89 @@
+"""SLOT on a batch of windows, 8 AdamW steps on the context and the scores of the last 64 tokens.
+
+Peers: the published systems' loop (the head's two products in every step, through autograd), eager and with a compiled
+loss, and our closed form in PyTorch. The limit counts what nobody can avoid: one product with the head.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.bench import Case
+from pgolf_kernels.ops.slot import AdamW, op, reference, slot_fit, slot_score
+
+STEPS, SCORED, SOFTCAP = 8, 64, 30.0
+ADAMW = AdamW(lr=0.01)
+
+
+def _nll(hidden, weight, targets, delta, norm):
+    """[B, rows] as the published systems compute it: the shifted states through the head in their own dtype."""
+    shifted = hidden + delta.to(hidden.dtype)
+    if norm == "before":
+        shifted = F.rms_norm(shifted, shifted.shape[-1:], eps=reference.RMS_EPS)
+    logits = (shifted @ weight.T).to(delta.dtype)
+    capped = SOFTCAP * torch.tanh(logits / SOFTCAP)
+    return F.cross_entropy(capped.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def _published(loss, norm, hidden, weight, targets, mask):
+    """delta [B, D] and the scores [B * SCORED] after STEPS steps of torch.optim.AdamW through autograd."""
+    delta = torch.zeros(len(hidden), 1, hidden.shape[2], device=hidden.device, requires_grad=True)
+    adamw = torch.optim.AdamW([delta], lr=ADAMW.lr, betas=ADAMW.betas, eps=ADAMW.eps, weight_decay=ADAMW.weight_decay)
+    for _ in range(STEPS):
+        adamw.zero_grad(set_to_none=True)
+        loss(hidden[:, :-SCORED], weight, targets[:, :-SCORED], delta, norm).mean(1).sum().backward()
+        adamw.step()
+    with torch.no_grad():
+        nll = _nll(hidden[:, -SCORED:], weight, targets[:, -SCORED:], delta, norm)
+    return delta.detach()[:, 0], nll.flatten()
+
+
+def _ours(impl, norm, hidden, weight, targets, mask):
+    fit = slot_fit(hidden, weight, targets, mask, norm=norm, optimizer=ADAMW, steps=STEPS, impl=impl)
+    return fit.delta, slot_score(hidden, weight, targets, fit, norm=norm, rows=~mask, impl=impl)
+
+
+def _inputs(B, T, D, V, dtype, device, norm):
+    """Hidden states that half predict a Zipf-like stream of targets, with something left for delta to learn."""
+    weight = 0.15 * torch.randn(V, D, device=device)
+    frequency = 1 / (torch.arange(V, device=device) + 5.0)
+    targets = torch.multinomial(frequency, B * T, replacement=True).view(B, T)
+    hidden = F.rms_norm(torch.randn(B, T, D, device=device) + 0.8 * weight[targets], (D,))
+    hidden = 7 * hidden if norm == "before" else hidden
+    mask = (torch.arange(T, device=device) < T - SCORED).expand(B, T)
+    return hidden.to(dtype), weight.to(dtype), targets, mask
+
+
+def _shapes(device, quick):
+    """(B, T, D, V, dtype, norm)."""
+    if quick:
+        return [(2, 192, 64, 320, torch.bfloat16, "after")]
+    if device == "cuda":
+        return [(32, 2048, 512, V, torch.bfloat16, norm) for V in (1024, 4096) for norm in ("after", "before")]
+    forms = [(torch.bfloat16, "after"), (torch.bfloat16, "before"), (torch.float32, "after")]
+    return [(4, 2048, 512, V, *form) for V in (1024, 4096) for form in forms]
+
+
+def cases(device, quick):
+    """Both places where delta can join, at two vocabularies."""
+    for B, T, D, V, dtype, norm in _shapes(device, quick):
+        example = type("Problem", (), {"hidden": torch.empty(0, dtype=dtype, device=device)})
+        able = [i.name for i in op.FIT_IMPLS if i.why_not(example) is None]
+        ours = {name: partial(_ours, name, norm) for name in able[:-1] or able}
+        peers = {"torch eager": partial(_published, _nll, norm)}
+        if not quick:
+            peers["torch.compile"] = partial(_published, torch.compile(_nll, dynamic=False), norm)
+        if "reference" not in ours:
+            peers["closed form in torch"] = partial(_ours, "reference", norm)
+        yield Case(
+            shape=f"{norm} {B}x{T}x{D}x{V}",
+            dtype=dtype,
+            inputs=partial(_inputs, B, T, D, V, dtype, device, norm),
+            ours=ours,
+            peers=peers,
+            exact=lambda h, w, y, m, norm=norm: _ours("reference", norm, h.double(), w.double(), y, m),
+            flops=2 * B * T * D * V,
+            bytes=(B * T * D + V * D) * dtype.itemsize,
+            buffers=1,  # larger than any cache, once its base logits count
+        )
