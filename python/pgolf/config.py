@@ -91,7 +91,8 @@ class Config:
 
     # Artifact
     int6_clip: str = "search"  # "search", "max", or a number of standard deviations
-    int6_floor: float = 1 / 31  # smallest int6 step; the published systems never go below 1/31
+    int6_floor: float = 1 / 31  # smallest int6 step of "search" and "max"; the published systems never go below 1/31
+    float16_max_values: int = 65536  # tensors of at most this many values stay float16, as published
     compressor: str = "brotli"  # or "lzma"
 
     # Score
@@ -118,6 +119,9 @@ class Config:
             if not condition:
                 raise InputError(f"config: {text}")
 
+        for name in AT_LEAST_ONE:
+            must(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        must(self.bigram_vocab_size != 1, "bigram_vocab_size must be 0 (none) or at least 2, got 1")
         must(
             self.model_dim % self.num_heads == 0,
             f"model_dim {self.model_dim} must be a multiple of num_heads {self.num_heads}",
@@ -182,6 +186,20 @@ class Config:
 
 
 FIELDS: dict[str, type | types.GenericAlias] = typing.get_type_hints(Config)
+AT_LEAST_ONE = (
+    "vocab_size",
+    "num_layers",
+    "model_dim",
+    "num_heads",
+    "num_kv_heads",
+    "train_seq_len",
+    "train_batch_tokens",
+    "max_steps",
+    "micro_batch_tokens",
+    "log_every",
+    "eval_seq_len",
+    "eval_batch_windows",
+)
 CHOICES = {
     "loader": {"coprime", "sequential"},
     "compile": {"auto", "on", "off"},

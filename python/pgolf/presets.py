@@ -4,10 +4,10 @@ from .config import Config, nearest
 from .errors import InputError
 
 PRESETS: dict[str, Config] = {
-    # Five minutes on two CPU cores: small, every part of the model on, bfloat16 where the processor has it.
+    # Minutes on two CPU cores: small and in many small steps, because a few million tokens are all there is time for.
     "demo": Config(
         preset="demo",
-        num_layers=6,
+        num_layers=4,
         model_dim=256,
         num_heads=4,
         num_kv_heads=2,
@@ -17,23 +17,24 @@ PRESETS: dict[str, Config] = {
         bigram_dim=64,
         skip_gates=True,
         ve_dim=64,
-        ve_layers=(4, 5),
+        ve_layers=(2, 3),
         rope_train_len=512,
         train_seq_len=512,
-        train_batch_tokens=16384,
-        micro_batch_tokens=8192,
+        train_batch_tokens=4096,
         matrix_lr=0.03,
-        muon_momentum=0.95,
+        muon_momentum=0.9,
         muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=100,
+        muon_momentum_warmup_steps=60,
+        scalar_lr=0.05,
         grad_clip_norm=1.0,
-        ema_decay=0.97,
+        ema_decay=0.95,
         max_steps=100000,
         max_seconds=200.0,
         warmup_steps=1,
         warmdown_frac=0.6,
         log_every=5,
         int6_floor=0.0,
+        float16_max_values=4096,
         eval_seq_len=512,
         eval_stride=64,
         drop_val_tail=False,

@@ -37,7 +37,8 @@ def random_qkv(shape, dtype, device):
 def largest_terms(q, k, v, dy):
     """Bounds on what is added on the way to y, dq, dk and dv; a flash backward subtracts dy . y from dy . v late."""
     longest_q, longest_k, longest_v, longest_dy = (t.norm(dim=-1).max().item() for t in (q, k, v, dy))
-    dscore = longest_dy * longest_v / math.sqrt(q.shape[3])
+    # The score's gradient is dy.v less dy.y, each rounded on its own; they cancel where one token takes all weight.
+    dscore = 2 * longest_dy * longest_v / math.sqrt(q.shape[3])
     own_value = longest_dy * longest_v / v.norm(dim=-1).min().item()  # from dividing by |v| in XSA
     heads = q.shape[2] // k.shape[2]
     return longest_v, dscore * longest_k, heads * dscore * longest_q, heads * max(longest_dy, own_value)

@@ -40,5 +40,5 @@ def run_pgolf():
 
 
 def environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    paths = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}

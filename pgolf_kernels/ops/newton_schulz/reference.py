@@ -45,7 +45,7 @@ def forward(g: Tensor, coefficients: Coefficients, row_normalize: bool, eps: flo
     if m > n:
         x = x.mT
     device = g.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext():
         for a, b, c in coefficients:
             gram = x @ x.mT  # (batch, min(m, n), min(m, n))
             update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -214,13 +214,17 @@ LARGE, SMALL = Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)
 
 
 def symmetric_tile(matrices: int, size: int) -> Tile:
-    """128-wide tiles once they occupy most multiprocessors of a large GPU: 64-wide ones load twice as much."""
+    """64-wide tiles waste less of the triangle: up to size 512 faster on an H200 (10.9 us against 12.3 at 11 x 512^2).
+
+    Larger matrices take 128-wide ones, which load half as much, once these occupy most multiprocessors of a large GPU.
+    """
     across = size // 128
-    return LARGE if size % 128 == 0 and matrices * across * (across + 1) // 2 >= 80 else SMALL
+    enough = size % 128 == 0 and matrices * across * (across + 1) // 2 >= 80
+    return LARGE if size > 512 and enough else SMALL
 
 
 def apply_tile(matrices: int, short: int, long: int) -> Tile:
-    """As symmetric_tile, for the product with X."""
+    """128-wide tiles once they occupy most multiprocessors of a large GPU: 64-wide ones load twice as much."""
     fits = short % 128 == 0 and long % 128 == 0
     return LARGE if fits and matrices * (short // 128) * (long // 128) >= 80 else SMALL
 

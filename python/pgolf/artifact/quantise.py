@@ -17,7 +17,6 @@ from pgolf_kernels.ops.int6_linear.reference import SMALLEST_SCALE, row_quantile
 from ..config import Config
 from ..errors import InputError
 
-MAX_FLOAT16_VALUES = 65536  # tensors up to this size are not worth coding
 INT8_QUANTILE = 0.9999984
 CODE_MAX = {"int6": 31, "int8": 127}
 ROLES = ("int6", "int8", "float16")
@@ -64,9 +63,9 @@ class CodedTensor:
         return (self.values.float() * self.scale.float()[:, None]).reshape(self.shape)
 
 
-def tensor_role(name: str, shape: tuple[int, ...]) -> str:
+def tensor_role(name: str, shape: tuple[int, ...], float16_max_values: int = 65536) -> str:
     """How a tensor is stored; names are the published ones ("blocks.3.attn.c_q.weight", "tok_emb.weight")."""
-    if math.prod(shape) <= MAX_FLOAT16_VALUES or len(shape) < 2:
+    if math.prod(shape) <= float16_max_values or len(shape) < 2:
         return "float16"
     is_matrix = ".attn." in name or ".mlp." in name or ".proj." in name
     return "int6" if is_matrix else "int8"
@@ -89,7 +88,7 @@ def quantise_tensor(config: Config, name: str, tensor: Tensor) -> CodedTensor:
         raise InputError(f"pack: {name} must be finite, got NaN or infinity; the training run has diverged")
     if not tensor.half().isfinite().all():
         raise InputError(f"pack: {name} must fit float16 (at most 65504), got {tensor.abs().max().item():g}")
-    role = tensor_role(name, shape)
+    role = tensor_role(name, shape, config.float16_max_values)
     if role == "float16":
         return CodedTensor(role, shape, tensor.half())
     rows = tensor.reshape(shape[0], -1)

@@ -1,0 +1,75 @@
+// What every CUDA kernel here starts from: launches, the device guard and the few instructions that have no C++ name.
+// Under PGOLF_EMULATE_CUDA the same source runs on the CPU.
+#pragma once
+#include <stdint.h>
+
+#ifdef PGOLF_EMULATE_CUDA
+#include "common/cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace pgolf {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Makes `device` current for a scope: this library has a CUDA runtime, and so a current device, of its own.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int before_;
+};
+
+template <class... Args>
+void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, uintptr_t stream, Args... args) {
+  kernel<<<grid, threads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args...);
+  check_cuda(cudaGetLastError(), "kernel launch");
+}
+
+// Barrier `id` (1 to 15) of `threads` threads, whole warps.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// 2^x to 2 ulp; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// tanh to 2^-10.987 relative: one instruction of the special function unit.
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace pgolf
+#endif
+
+namespace pgolf {
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+  for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(~0u, x, mask);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+  for (int mask = 16; mask; mask /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, mask));
+  return x;
+}
+
+}  // namespace pgolf
