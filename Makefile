@@ -41,9 +41,9 @@ $(VENV)/bin/python:
 $(VENV)/.built: $(VENV)/bin/python constraints.txt $(SOURCES)
 	@command -v $${CXX:-g++} >/dev/null || { echo "make: a C++ compiler is missing; on Debian: apt install g++"; exit 1; }
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "make: Python.h is missing; on Debian: apt install python3-dev"; exit 1; }
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --quiet $(PIP_FLAGS) -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.built
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --quiet $(PIP_FLAGS) -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/.built

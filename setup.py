@@ -7,7 +7,7 @@ torch is never imported, so one build serves every torch version. Which compiler
     <op>/<op>_sm90.cu                            sm_90a alone: wgmma and TMA exist nowhere else
 and csrc/bindings_{cpu,cuda}.cpp are the modules. A new op needs no change here.
 
-Environment: PGOLF_CUDA=auto|0|1, PGOLF_CUDA_ARCHS="80+PTX;89;90", PGOLF_SANITIZE=address,undefined|thread,
+Environment: PGOLF_CUDA=auto|0|1, PGOLF_CUDA_ARCHS="80+PTX;90", PGOLF_SANITIZE=address,undefined|thread,
 PGOLF_DEBUG=1, MAX_JOBS, CXX, CUDA_HOME.
 """
 
@@ -126,8 +126,8 @@ def cuda_extension() -> Extension | None:
         return None
     flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-DNDEBUG", "-Xcompiler"]
     flags += ["-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all", "-Xptxas", "--warn-on-spills"]
-    # The default is sm_80 and sm_89 and sm_90 machine code, and PTX that newer GPUs compile for themselves.
-    generic = architecture_flags(os.environ.get("PGOLF_CUDA_ARCHS", "80+PTX;89;90"))
+    # sm_80's machine code also runs on 8.6 and 8.9; newer GPUs than 9.0 compile the PTX for themselves.
+    generic = architecture_flags(os.environ.get("PGOLF_CUDA_ARCHS", "80+PTX;90"))
     units = [Unit(CSRC / "bindings_cuda.cpp", host_flags(), "cxx")]
     for source in kernels:
         archs = architecture_flags("90a") if source.stem.endswith("_sm90") else generic

@@ -17,8 +17,6 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("pgolf", "DEF")
 
-GPU_IMPLS = ("cuda", "triton")
-
 # Which implementation each op ran last, for logs and reports.
 CHOSEN: dict[str, str] = {}
 
@@ -51,7 +49,9 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
         ValueError: `name` is unknown, or cannot run these arguments (the message says why).
     """
     skipped = []
-    on_gpu = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+    # Nobody expects a GPU kernel on a CPU, or the reverse: such a refusal is no reason to warn.
+    on_gpu = any(getattr(getattr(arg, "device", None), "type", None) == "cuda" for arg in args)
+    elsewhere = ("cpu",) if on_gpu else ("cuda", "triton")
     for impl in impls:
         if name not in ("auto", impl.name):
             continue
@@ -63,7 +63,7 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
             return impl
         if name != "auto":
             raise ValueError(f"{op}: impl={name!r} cannot run here: {reason}")
-        if impl.name not in GPU_IMPLS or on_gpu:  # on a CPU nobody expects a GPU kernel
+        if impl.name not in elsewhere:
             skipped.append(f"{impl.name}: {reason}")
     raise ValueError(f"{op}: unknown impl {name!r}; expected 'auto' or one of {[i.name for i in impls]}")
 

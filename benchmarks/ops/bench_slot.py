@@ -5,6 +5,7 @@ loss, and our closed form in PyTorch. The limit counts what nobody can avoid: on
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,8 @@ def _shapes(device, quick):
 def cases(device, quick):
     """Both places where delta can join, at two vocabularies."""
     for B, T, D, V, dtype, norm in _shapes(device, quick):
-        example = type("Problem", (), {"hidden": torch.empty(0, dtype=dtype, device=device)})
+        hidden, weight = torch.empty(0, dtype=dtype, device=device), torch.empty(V, 0)
+        example = SimpleNamespace(hidden=hidden, weight=weight, optimizer=ADAMW)
         able = [i.name for i in op.FIT_IMPLS if i.why_not(example) is None]
         ours = {name: partial(_ours, name, norm) for name in able[:-1] or able}
         peers = {"torch eager": partial(_published, _nll, norm)}

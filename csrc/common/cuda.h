@@ -31,9 +31,9 @@ class DeviceGuard {
   int before_;
 };
 
-template <class... Args>
-void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, uintptr_t stream, Args... args) {
-  kernel<<<grid, threads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args...);
+template <class Args>
+void launch(void (*kernel)(Args), dim3 grid, unsigned threads, uintptr_t stream, const Args& args) {
+  kernel<<<grid, threads, 0, reinterpret_cast<cudaStream_t>(stream)> > >(args);
   check_cuda(cudaGetLastError(), "kernel launch");
 }
 

@@ -1,4 +1,5 @@
-// Runs the kernels of a .cu file on the CPU, for tests without a GPU: g++ -x c++ -DPGOLF_EMULATE_CUDA -fno-strict-aliasing.
+// Runs the kernels of a .cu file on the CPU, for tests without a GPU: g++ -x c++ -DPGOLF_EMULATE_CUDA
+// -fno-strict-aliasing.
 //
 // Every thread of a block is a fiber; blocks run one after another. A barrier or shuffle that not all its threads reach
 // aborts with a message. The surprise is what this cannot see: races between barriers, memory ordering, and the
@@ -20,6 +21,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __restrict__ __restrict
@@ -125,11 +127,11 @@ inline void run_block() {
   }
 }
 
-template <class Kernel, class... Args>
-void launch(Kernel kernel, dim3 grid, unsigned threads, uintptr_t, const Args&... args) {
+template <class Args>
+void launch(void (*kernel)(Args), dim3 grid, unsigned threads, uintptr_t, const Args& args) {
   block.grid_dim = grid;
   block.block_dim = dim3(threads);
-  block.body = [&] { kernel(args...); };
+  block.body = [&] { kernel(args); };
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {

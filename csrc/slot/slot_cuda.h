@@ -18,9 +18,9 @@ struct Problem {
   const void* weight;      // [V, D]
   const int64_t* targets;  // [B, T]
   int64_t B, T, D, V;
-  bool bf16;      // dtype of hidden, weight and logits; else float32
-  float cap;      // softcap; 0: none
-  bool before;    // delta joins before the final RMSNorm
+  bool bf16;    // dtype of hidden, weight and logits; else float32
+  float cap;    // softcap; 0: none
+  bool before;  // delta joins before the final RMSNorm
   int device;
   uintptr_t stream;
 };
@@ -48,11 +48,11 @@ struct AdamW {
 struct Fit {
   bool delta, bias, shared;
   float* x;
-  float* losses;  // [steps, G]
-  float* moments;  // [2, G, P]
-  float* shift;    // [G, V] weight delta (+ bias), if delta
-  float* sums;     // [G, V] of the gradient in the logits, if delta
-  float* partial;  // [S, V] the same of each segment
+  float* losses;         // [steps, G]
+  float* moments;        // [2, G, P]
+  float* shift;          // [G, V] weight delta (+ bias), if delta
+  float* sums;           // [G, V] of the gradient in the logits, if delta
+  float* partial;        // [S, V] the same of each segment
   float* bias_partial;   // [S, V] if before: partial without the factor of the norm
   float* depth_partial;  // [ceil(V / kSegmentRows), G, D] if delta
   float* row_partial;    // [S, D] if before and delta

@@ -16,19 +16,30 @@ from pgolf_kernels.ops.slot import LBFGS, AdamW, SlotFit, op, slot_fit, slot_sco
 from pgolf_kernels.ops.slot.reference import RMS_EPS, freeze, loss_and_gradient
 
 B, T, D, V = 5, 61, 37, 77
-IMPLS = [i.name for i in op.FIT_IMPLS]
+NATIVE = [(i.name, device) for i in op.FIT_IMPLS[:-1] for device in DEVICES if i.name == device]
+WHERE = NATIVE + [("reference", device) for device in DEVICES]
 
 
-def skip_unless_it_runs(impl, hidden):
-    chosen = next(i for i in op.FIT_IMPLS if i.name == impl)
-    if reason := chosen.why_not(type("Problem", (), {"hidden": hidden})):
-        pytest.skip(reason)
+def or_skip(call, *args, **kwargs):
+    """call(...), or skip with the sentence that says why the implementation asked for cannot run."""
+    try:
+        return call(*args, **kwargs)
+    except ValueError as refusal:
+        if "cannot run here" not in str(refusal):
+            raise
+        pytest.skip(str(refusal))
 
 
-def make(norm="after", dtype=torch.float64, device="cpu", batch=B, seed=None):
-    """A problem with something to learn: targets that the hidden states half predict. Weights of 0, 1 and between."""
-    if seed is not None:
-        torch.manual_seed(seed)
+def fit_slot(*args, **kwargs):
+    return or_skip(slot_fit, *args, **kwargs)
+
+
+def score_slot(*args, **kwargs):
+    return or_skip(slot_score, *args, **kwargs)
+
+
+def make(norm="after", dtype=torch.float64, device="cpu", batch=B):
+    """A problem with something to learn: targets that the hidden states half predict. Weights of 0 and in (0, 1)."""
     weight = torch.randn(V, D) * 0.4
     targets = torch.randint(V, (batch, T))
     hidden = torch.randn(batch, T, D) + weight[targets]
@@ -107,7 +118,9 @@ LINE_SEARCH = None if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 1
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("norm", ["after", "before"])
 def test_lbfgs_is_torchs(norm, joint):
-    hidden, weight, targets, mask = make(norm, seed=3)  # a line search branches: one problem, not a lucky one per run
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)  # a line search branches on rounding: one problem for all runs, one that does not
+        hidden, weight, targets, mask = make(norm)
     config = LBFGS(lr=0.3, max_iter=4, history=3, joint=joint, max_line_search=LINE_SEARCH)
     fit = slot_fit(hidden, weight, targets, mask, norm=norm, parameters="both", share="window" if joint else "batch",
                    normalize="batch", optimizer=config, steps=3, impl="reference")  # fmt: skip
@@ -142,7 +155,7 @@ PUBLISHED = {  # share, normalize="batch" always; the rest as the system of that
 
 def golden_mask(variant, window_start, window_len, scored_start, tokens, stride):
     """Which positions each published system fits; [B, T]."""
-    t = torch.arange(tokens)[None]
+    t = torch.arange(tokens, device=window_start.device)[None]
     context = t < scored_start.where(window_start > 0, 0)[:, None]
     scored = (t >= scored_start[:, None]) & (t < window_len[:, None])
     by_position = {"a": tokens - 1, "b": tokens - stride - 1, "c1": tokens - stride - 1}
@@ -151,28 +164,27 @@ def golden_mask(variant, window_start, window_len, scored_start, tokens, stride)
     return scored if variant in "ef" else context
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl, device", WHERE)
 @pytest.mark.parametrize("case", sorted({name.split("/")[0] for name in GOLDEN.files if "/" in name}))
-def test_published_numbers(case, impl):
+def test_published_numbers(case, impl, device):
     variant, softcap, stride = case[:-1], 15.0, 20
     share, optimizer, options = PUBLISHED[variant]
     dtype = torch.float64 if variant in "fg" else torch.float32  # line searches branch on rounding
 
     def golden(name):
-        return torch.from_numpy(GOLDEN[f"{case}/{name}"])
+        return torch.from_numpy(GOLDEN[f"{case}/{name}"]).to(device)
 
     def inputs(name):
-        return torch.from_numpy(GOLDEN[str(GOLDEN[f"{case}/{name}"])])
+        return torch.from_numpy(GOLDEN[str(GOLDEN[f"{case}/{name}"])]).to(device)
 
     hidden, weight, targets = inputs("H").to(dtype), inputs("W").to(dtype), inputs("y").long()
     if variant == "g":  # its bias joins after the softcap: the same as an uncapped head on the capped logits
         hidden = softcap * torch.tanh(hidden @ weight.T / softcap)
-        weight, softcap = torch.eye(len(weight), dtype=dtype), None
-    skip_unless_it_runs(impl, hidden)
+        weight, softcap = torch.eye(len(weight), dtype=dtype, device=device), None
     spans = [inputs(name) for name in ("window_start", "window_len", "scored_start")]
     mask = golden_mask(variant, *spans, targets.shape[1], stride)
     steps = {"f": 8, "g": 1}.get(variant) or len(golden("lr"))
-    fit = slot_fit(hidden, weight, targets, mask, softcap=softcap, share=share, normalize="batch", optimizer=optimizer,
+    fit = fit_slot(hidden, weight, targets, mask, softcap=softcap, share=share, normalize="batch", optimizer=optimizer,
                    steps=steps, impl=impl, **options)  # fmt: skip
 
     tolerance = max(1e-6, 100 * float(golden("sensitivity"))) if variant in "fg" else 1e-5
@@ -183,28 +195,30 @@ def test_published_numbers(case, impl):
     torch.testing.assert_close(fit.loss_per_step.sum(1), golden("losses").to(dtype), **close)
     if variant == "g":
         fit = fit._replace(bias=fit.bias.clamp(-5, 5))
-    rows = torch.arange(targets.shape[1])[None] < spans[1][:, None]
-    nll = slot_score(hidden, weight, targets, fit, softcap=softcap, norm=options.get("norm", "after"), rows=rows,
+    rows = torch.arange(targets.shape[1], device=device)[None] < spans[1][:, None]
+    nll = score_slot(hidden, weight, targets, fit, softcap=softcap, norm=options.get("norm", "after"), rows=rows,
                      impl=impl)  # fmt: skip
     torch.testing.assert_close(nll, golden("nll")[rows], **close)
+
+
+# eps far above the gradients' rounding: AdamW divides by |g| + eps, and with the usual eps of 1e-5 the coordinates whose
+# g is all rounding step by chance. (Steps at the usual eps are compared with the published numbers above.)
+SMOOTH_ADAMW = AdamW(lr=0.1, eps=0.01)
 
 
 @pytest.mark.parametrize("softcap", [30.0, 8.0, 80.0, None])  # usual, saturating, beyond what needs no row maximum
 @pytest.mark.parametrize("norm", ["after", "before"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("impl", IMPLS[:-1])
+@pytest.mark.parametrize("impl, device", NATIVE)
 def test_as_accurate_as_the_reference(impl, device, dtype, norm, softcap):
     options = {"softcap": softcap, "norm": norm}
-    skip_unless_it_runs(impl, torch.empty(0, dtype=dtype, device=device))
-    errors = []  # of the parameters: ours, the reference's
-    for parameters in 2 * ("delta", "bias", "both"):
+    for parameters in ("delta", "bias", "both"):
         inputs = make(norm, dtype, device)
         rows = torch.rand(B, T, device=device) < 0.5
 
         def run(inputs, impl, parameters=parameters, rows=rows):
-            fit = slot_fit(*inputs, **options, parameters=parameters, optimizer=AdamW(lr=0.02), steps=8, impl=impl)
-            return fit, slot_score(*inputs[:3], fit, **options, rows=rows, impl=impl)
+            fit = fit_slot(*inputs, **options, parameters=parameters, optimizer=SMOOTH_ADAMW, steps=8, impl=impl)
+            return fit, score_slot(*inputs[:3], fit, **options, rows=rows, impl=impl)
 
         (fit, nll), (fit_pt, nll_pt) = run(inputs, impl), run(inputs, "reference")
         fit_64, nll_64 = run([t.double() if t.is_floating_point() else t for t in inputs], "reference")
@@ -213,26 +227,21 @@ def test_as_accurate_as_the_reference(impl, device, dtype, norm, softcap):
         assert_as_accurate(fit.loss_per_step, fit_pt.loss_per_step, fit_64.loss_per_step, scale=largest_logit)
         for ours, baseline, exact in zip(fit[:2], fit_pt[:2], fit_64[:2], strict=True):
             if exact is not None:
-                errors.append([(x.double() - exact).square().mean() for x in (ours, baseline)])
-    # In the mean, not the maximum: AdamW divides by |g|, and a coordinate whose g is all rounding is a coin toss.
-    ours, baseline = torch.tensor(errors).mean(0).sqrt().tolist()
-    assert ours <= 2 * baseline, f"{ours:.2e} against {baseline:.2e}"
+                assert_as_accurate(ours, baseline, exact, scale=float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(lr=0.02), LBFGS(max_iter=3)], ids=["adamw", "lbfgs"])
 @pytest.mark.parametrize("norm", ["after", "before"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl, device", WHERE)
 def test_a_window_does_not_see_its_batch(impl, device, dtype, norm, optimizer):
     hidden, weight, targets, mask = make(norm, dtype, device, batch=8)
-    skip_unless_it_runs(impl, hidden)
     rows = torch.rand(8, T, device=device) < 0.5
 
     def run(first, last):
         own = hidden[first:last], weight, targets[first:last]
-        fit = slot_fit(*own, mask[first:last], norm=norm, parameters="both", optimizer=optimizer, steps=3, impl=impl)
-        nll = slot_score(*own, fit, norm=norm, rows=rows[first:last], impl=impl)
+        fit = fit_slot(*own, mask[first:last], norm=norm, parameters="both", optimizer=optimizer, steps=3, impl=impl)
+        nll = score_slot(*own, fit, norm=norm, rows=rows[first:last], impl=impl)
         return [*fit, *nll.split(rows[first:last].sum(1).tolist())]
 
     whole, again, five, one = run(0, 8), run(0, 8), run(3, 8), run(5, 6)
@@ -248,12 +257,12 @@ def test_a_window_does_not_see_its_batch(impl, device, dtype, norm, optimizer):
 @pytest.mark.parametrize(
     "optimizer", [AdamW(weight_decay=0.5), LBFGS(max_iter=2), LBFGS(max_iter=2, joint=True)], ids=str
 )
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_window_without_rows_keeps_its_start(impl, optimizer):
-    hidden, weight, targets, mask = make(dtype=torch.float32)
+@pytest.mark.parametrize("impl, device", WHERE)
+def test_a_window_without_rows_keeps_its_start(impl, device, optimizer):
+    hidden, weight, targets, mask = make(dtype=torch.float32, device=device)
     mask[2] = 0
-    start = SlotFit(torch.randn(B, D), torch.randn(1, V), torch.empty(0))
-    fit = slot_fit(
+    start = SlotFit(torch.randn(B, D, device=device), torch.randn(1, V, device=device), torch.empty(0))
+    fit = fit_slot(
         hidden, weight, targets, mask, parameters="both", optimizer=optimizer, steps=2, init=start, impl=impl
     )
     assert torch.equal(fit.delta[2], start.delta[2]) and torch.equal(fit.bias[2], start.bias[0])
@@ -263,46 +272,50 @@ def test_a_window_without_rows_keeps_its_start(impl, optimizer):
 
 
 @pytest.mark.parametrize("share", ["window", "batch"])
-@pytest.mark.parametrize("impl", IMPLS)
-def test_the_first_loss_is_the_score_of_init(impl, share):
-    hidden, weight, targets, _ = make(dtype=torch.float32)
+@pytest.mark.parametrize("impl, device", WHERE)
+def test_the_first_loss_is_the_score_of_init(impl, device, share):
+    hidden, weight, targets, _ = make(dtype=torch.float32, device=device)
     groups = B if share == "window" else 1
-    start = SlotFit(torch.randn(groups, D), torch.randn(groups, V), torch.empty(0))
-    mask = torch.ones(B, T, dtype=torch.bool)
-    fit = slot_fit(hidden, weight, targets, mask, share=share, parameters="both", optimizer=AdamW(), steps=1,
+    start = SlotFit(torch.randn(groups, D, device=device), torch.randn(groups, V, device=device), torch.empty(0))
+    mask = torch.ones(B, T, dtype=torch.bool, device=device)
+    fit = fit_slot(hidden, weight, targets, mask, share=share, parameters="both", optimizer=AdamW(), steps=1,
                    init=start, impl=impl)  # fmt: skip
-    nll = slot_score(hidden, weight, targets, start, rows=mask, impl=impl).view(B, T)
+    nll = score_slot(hidden, weight, targets, start, rows=mask, impl=impl).view(B, T)
     want = nll.mean(1) if share == "window" else nll.mean(1).sum()[None]
     torch.testing.assert_close(fit.loss_per_step[0], want, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_only_rows_with_weight_are_read(impl):
+@pytest.mark.parametrize("impl, device", WHERE)
+def test_only_rows_with_weight_are_read(impl, device):
     """NaN and impossible targets outside the mask change nothing, and an output is never left unwritten."""
-    hidden, weight, targets, mask = make(dtype=torch.float32)
+    hidden, weight, targets, mask = make(dtype=torch.float32, device=device)
     spoiled, wild = hidden.clone(), targets.clone()
     spoiled[mask == 0], wild[mask == 0] = torch.nan, -100
     options = {"optimizer": AdamW(), "steps": 2, "impl": impl}
-    fit, same = (slot_fit(h, weight, y, mask, **options) for h, y in ((hidden, targets), (spoiled, wild)))
+    fit, same = (fit_slot(h, weight, y, mask, **options) for h, y in ((hidden, targets), (spoiled, wild)))
     assert torch.equal(fit.delta, same.delta) and torch.isfinite(fit.delta).all()
     for h, y in ((hidden, targets), (spoiled, wild)):
-        nll = slot_score(h, weight, y, fit, rows=mask > 0, impl=impl)
+        nll = score_slot(h, weight, y, fit, rows=mask > 0, impl=impl)
         assert nll.shape == (int((mask > 0).sum()),) and torch.isfinite(nll).all()
-    doubled = slot_fit(hidden, weight, targets, 2 * mask, **options)
+    doubled = fit_slot(hidden, weight, targets, 2 * mask, **options)
     torch.testing.assert_close(doubled.delta, fit.delta)  # normalised weights
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_zero_sizes(impl):
-    _, weight, _, _ = make(dtype=torch.float32)
+@pytest.mark.parametrize("impl, device", WHERE)
+def test_zero_sizes(impl, device):
+    _, weight, _, _ = make(dtype=torch.float32, device=device)
     for batch, tokens in ((0, 4), (2, 0)):
-        hidden, targets = torch.empty(batch, tokens, D), torch.empty(batch, tokens, dtype=torch.int64)
-        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        hidden = torch.empty(batch, tokens, D, device=device)
+        targets = torch.empty(batch, tokens, dtype=torch.int64, device=device)
+        mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
         for share in ("window", "batch"):
-            fit = slot_fit(hidden, weight, targets, mask, share=share, optimizer=AdamW(), steps=2, impl=impl)
+            fit = fit_slot(hidden, weight, targets, mask, share=share, optimizer=AdamW(), steps=2, impl=impl)
             groups = 1 if share == "batch" else batch
-            assert torch.equal(fit.delta, torch.zeros(groups, D)) and fit.loss_per_step.shape == (2, groups)
-            assert slot_score(hidden, weight, targets, fit, rows=mask, impl=impl).shape == (0,)
+            assert torch.equal(fit.delta, torch.zeros(groups, D, device=device)) and fit.loss_per_step.shape == (
+                2,
+                groups,
+            )
+            assert score_slot(hidden, weight, targets, fit, rows=mask, impl=impl).shape == (0,)
 
 
 def test_inputs_are_untouched_and_compiled_callers_work():
@@ -342,7 +355,7 @@ def test_inputs_are_untouched_and_compiled_callers_work():
         ),
         ({"init": SlotFit(torch.ones(2, D), None, None)}, r"init.delta must be \(1, 37\) or \(5, 37\) on cpu, got \(2"),
         ({"init": SlotFit(None, torch.ones(1, V), None)}, r"init.delta must be .* got None"),
-        ({"impl": "triton"}, r"unknown impl 'triton'; expected 'auto' or one of \['cpu', 'reference'\]"),
+        ({"impl": "triton"}, r"unknown impl 'triton'; expected 'auto' or one of \[.*'reference'\]"),
     ],
 )
 def test_errors_say_what_must_hold_and_what_came(change, message):

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import STDLIB
 
 from pgolf import run
 from pgolf.data.dataset import Dataset
@@ -106,3 +107,60 @@ def test_eval_refuses_what_is_not_about_scoring(demo, dataset_dir, capsys):
     command = ["eval", str(Path(demo["run"]) / run.ARTIFACT), "--data", str(dataset_dir), "--set", "num_layers=3"]
     assert main(command) == 2
     assert "is not about scoring" in capsys.readouterr().err
+
+
+def pgolf(*command: object) -> int:
+    from pgolf.cli import main
+
+    return main([str(word) for word in command])
+
+
+def test_unpack_and_pack_give_the_same_bytes(demo, tmp_path, capsys):
+    artifact = Path(demo["run"]) / run.ARTIFACT
+    assert pgolf("unpack", artifact, "--out", tmp_path / "open") == 0
+    assert pgolf("pack", tmp_path / "open", "--out", tmp_path / "again.pgolf") == 0
+    assert (tmp_path / "again.pgolf").read_bytes() == artifact.read_bytes()
+    capsys.readouterr()
+    assert pgolf("inspect", artifact, "--json") == 0
+    description = json.loads(capsys.readouterr().out)
+    assert description["artifact_bytes"] == demo["artifact_bytes"]
+
+
+def test_a_flipped_byte_is_one_line(demo, dataset_dir, tmp_path, capsys):
+    damaged = bytearray((Path(demo["run"]) / run.ARTIFACT).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "damaged.pgolf").write_bytes(damaged)
+    for command in (
+        ("inspect", tmp_path / "damaged.pgolf"),
+        ("eval", tmp_path / "damaged.pgolf", "--data", dataset_dir),
+    ):
+        assert pgolf(*command) == 2
+        error = capsys.readouterr().err
+        assert "damaged.pgolf" in error
+        assert error.count("\n") <= 2
+
+
+def test_eval_refuses_other_data_and_unknown_methods(demo, tmp_path, capsys):
+    from pgolf.data.corpus import path_documents
+    from pgolf.data.prepare import prepare
+
+    prepare(
+        path_documents([STDLIB / "logging", STDLIB / "unittest"]), tmp_path / "other", vocab_size=512, val_share=0.2
+    )
+    artifact = Path(demo["run"]) / run.ARTIFACT
+    assert pgolf("eval", artifact, "--data", tmp_path / "other") == 2
+    assert "its tokenizer is not the one" in capsys.readouterr().err
+    assert pgolf("eval", artifact, "--data", tmp_path / "other", "--method", "slt") == 2
+    assert "method must be one of plain, sliding, slot, got 'slt'" in capsys.readouterr().err
+
+
+def test_presets_as_json(capsys):
+    assert pgolf("presets", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in rows} >= {"demo", "tiny"}
+    assert all(row["parameters"] > 10_000 for row in rows)
+
+
+def test_a_second_demo_does_not_overwrite_the_first(demo, dataset_dir, capsys):
+    assert pgolf("demo", "--preset", "tiny", "--run", demo["run"], "--data", dataset_dir) == 2
+    assert "holds a run already" in capsys.readouterr().err

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Impl, always, choose
-from . import cpu, reference
+from . import cpu, cuda_kernel, reference
 from .optimizers import LBFGS, AdamW
 from .problem import SlotFit, check_fit, check_score
 
 FIT_IMPLS = (  # fastest first; the last always runs
+    Impl("cuda", cuda_kernel.fit, cuda_kernel.why_not_fit),
     Impl("cpu", cpu.fit, cpu.why_not),
     Impl("reference", reference.fit, always),
 )
 SCORE_IMPLS = (
+    Impl("cuda", cuda_kernel.score, cuda_kernel.why_not),
     Impl("cpu", cpu.score, cpu.why_not),
     Impl("reference", reference.score, always),
 )
@@ -72,7 +74,7 @@ def slot_fit(
         optimizer: AdamW(...) or LBFGS(...).
         steps: optimiser steps; for LBFGS calls of up to max_iter iterations each.
         init: a SlotFit to start from (leading dimension 1 or G), e.g. the previous batch's; None for zeros.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cuda", "cpu" or "reference".
 
     Returns:
         SlotFit(delta [G, D] or None, bias [G, V] or None, loss_per_step [steps, G]), float32 (float64 for float64
@@ -105,7 +107,7 @@ def slot_score(
         hidden, weight, targets, softcap, norm: as in slot_fit.
         fit: what slot_fit returned; None scores the frozen model.
         rows: [B, T] bool: which positions to score.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cuda", "cpu" or "reference".
 
     Returns:
         [rows.sum()] float32 (float64 for float64 input), nats, in the order of targets[rows]: window by window.

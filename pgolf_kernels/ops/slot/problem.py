@@ -39,6 +39,10 @@ class Fit:
     optimizer: AdamW | LBFGS
     steps: int
 
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
     def groups(self) -> list[range]:
         """The windows behind each row of the parameters."""
         num_windows, num_groups = len(self.hidden), len(self.start)
@@ -64,6 +68,10 @@ class Score:
     bias: Tensor | None  # [1 or B, V]
     softcap: float | None
     norm: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
 
 
 def accumulate_dtype(hidden: Tensor) -> torch.dtype:

@@ -1,0 +1,5 @@
+"""Before torch is imported: threads that wait sleep, as in `pgolf`, so that tests keep their pace on a shared machine."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

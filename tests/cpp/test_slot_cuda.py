@@ -1,0 +1,229 @@
+"""The CUDA SLOT kernels: on a GPU, and everywhere their source built for the CPU (csrc/common/cuda_emulation.h).
+
+Sizes (T, D, V): 150 rows are two whole segments and a tail; V = 96 has whole vectors of columns, 77 not even those;
+2056 and 4104 need teams of four and eight warps, 8192 fills a block; D = 33 is odd, 600 more than one tile of delta.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_as_accurate
+
+from pgolf_kernels import extension
+from pgolf_kernels.ops.slot import LBFGS, AdamW, SlotFit, cuda_kernel, reference, slot_fit, slot_score
+from pgolf_kernels.ops.slot.problem import check_fit, check_score
+
+ROOT = Path(__file__).parents[2]
+GPU = torch.cuda.is_available()
+
+
+@cache
+def emulated(folder):
+    """The module built with g++ for this CPU."""
+    pybind11 = pytest.importorskip("pybind11")
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    module = folder / "_cuda.so"
+    flags = "-std=c++17 -O1 -fPIC -shared -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra -Werror"
+    flags += " -Wno-unknown-pragmas -Wno-missing-field-initializers -DPGOLF_EMULATE_CUDA -x c++"
+    includes = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    sources = [ROOT / "csrc/slot/slot_cuda.cu", ROOT / "csrc/bindings_cuda.cpp"]
+    subprocess.run(["g++", *flags.split(), *includes, *map(str, sources), "-o", str(module)], check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(params=["cpu", *["cuda"] * GPU])
+def device(request, tmp_path_factory, monkeypatch):
+    """Where the kernels run; on "cpu" the emulation takes the place of the extension."""
+    if request.param == "cpu":
+        folder = tmp_path_factory.getbasetemp() / "slot_cuda"
+        folder.mkdir(exist_ok=True)
+        monkeypatch.setattr(extension, "cuda", emulated(folder))
+    elif extension.WHY_NOT_CUDA:
+        pytest.skip(extension.WHY_NOT_CUDA)
+    return request.param
+
+
+def make(size, norm, dtype, device, batch=2):
+    T, D, V = size
+    weight = torch.randn(V, D) * 2.5 / D**0.5
+    targets = torch.randint(V, (batch, T))
+    targets[:, ::7] = 3  # a target that many rows of a segment share
+    hidden = F.rms_norm(torch.randn(batch, T, D) + weight[targets], (D,)) * (7 if norm == "before" else 1)
+    weights = torch.rand(batch, T) * (torch.rand(batch, T) < 0.8)
+    return [hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), weights.to(device)]
+
+
+def double(tensors):
+    return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
+def poisoned(call, *args):
+    """call(*args) with every fresh tensor full of NaN, or of the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        return call(*args)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def problems(inputs, rows, fit, norm, softcap, parameters, share="window", steps=5):
+    """The checked arguments of a fit, and those of the score of its result."""
+    p = check_fit(*inputs, softcap, norm, share, "window", parameters, AdamW(lr=0.02), steps, None)
+    x, losses = fit(p)
+    return x, losses, check_score(*inputs[:3], SlotFit(*p.split(x), losses), softcap, norm, rows)
+
+
+SIZES = [(150, 33, 96), (150, 600, 77), (9, 16, 2056), (9, 16, 4104), (9, 16, 8192)]
+
+
+@pytest.mark.parametrize("softcap", [30.0, 8.0, 80.0, None])
+@pytest.mark.parametrize("norm", ["after", "before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_as_accurate_as_the_reference(device, size, dtype, norm, softcap):
+    if size[2] > 100 and softcap in (8.0, 80.0):
+        pytest.skip("the form of the softcap is independent of the vocabulary's size")
+    errors, loss_errors = [], []  # ours, the reference's
+    for parameters, share in (("delta", "window"), ("bias", "window"), ("both", "window"), ("both", "batch")):
+        inputs = make(size, norm, dtype, device)
+        rows = torch.rand(inputs[2].shape, device=device) < 0.5
+        options = rows, norm, softcap, parameters, share
+
+        def run(inputs, impl, options=options):
+            x, losses, scored = problems(inputs, options[0], impl.fit, *options[1:])
+            return x, losses, impl.score(scored)
+
+        x, losses, nll = poisoned(run, inputs, cuda_kernel)
+        x_pt, losses_pt, nll_pt = run(inputs, reference)
+        x_64, losses_64, nll_64 = run(double(inputs), reference)
+        scale = float((inputs[0].double() @ inputs[1].double().T).abs().max())
+        assert_as_accurate(nll, nll_pt, nll_64, scale=scale)
+        assert torch.isfinite(x).all()
+        for found, ours, baseline, exact in ((errors, x, x_pt, x_64), (loss_errors, losses, losses_pt, losses_64)):
+            found.append([(v.double() - exact).square().mean() for v in (ours, baseline)])
+    # In the mean, not the maximum: AdamW divides by |g|, and a coordinate whose g is all rounding is a coin toss.
+    for found, floor in ((errors, 0), (loss_errors, 1.2e-7 * scale)):
+        ours, baseline = torch.tensor(found).mean(0).sqrt().tolist()
+        assert ours <= 2 * baseline + floor, f"{ours:.2e} against {baseline:.2e}"
+
+
+@pytest.mark.parametrize("norm", ["after", "before"])
+@pytest.mark.parametrize("size", [(150, 64, 96), (70, 33, 77)], ids=str)
+def test_a_window_does_not_see_its_batch(device, size, norm):
+    inputs = make(size, norm, torch.bfloat16, device, batch=8)
+    inputs[3][1] = 0  # no rows
+    rows = torch.rand(inputs[2].shape, device=device) < 0.4
+
+    def run(first, last):
+        own = [inputs[0][first:last], inputs[1], *(t[first:last] for t in inputs[2:])]
+        x, losses, scored = problems(own, rows[first:last], cuda_kernel.fit, norm, 30.0, "both")
+        return x, losses.T, cuda_kernel.score(scored).split(scored.num_rows)
+
+    whole = run(0, 8)
+    for first, last in ((0, 8), (3, 8), (0, 5), (5, 6), (1, 2)):
+        for ours, all_of_them in zip(run(first, last), whole, strict=True):
+            for part, want in zip(ours, all_of_them[first:last], strict=True):
+                assert torch.equal(part, want)
+
+
+def test_more_windows_than_one_launch_lists(device):
+    inputs = make((5, 16, 24), "after", torch.float32, device, batch=600)
+    rows = torch.rand(inputs[2].shape, device=device) < 0.3
+    x, _, scored = problems(inputs, rows, cuda_kernel.fit, "after", 30.0, "bias", steps=1)
+    want, _, _ = problems(inputs, rows, reference.fit, "after", 30.0, "bias", steps=1)
+    torch.testing.assert_close(x, want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(cuda_kernel.score(scored), reference.score(scored), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_do(device):
+    for batch, size in ((0, (4, 8, 16)), (2, (0, 8, 16)), (2, (4, 8, 16))):
+        inputs = make(size, "after", torch.float32, device, batch)
+        inputs[3].zero_()
+        rows = inputs[3] > 0
+        for share in ("window", "batch"):
+            x, losses, scored = problems(inputs, rows, cuda_kernel.fit, "after", 30.0, "both", share)
+            groups = 1 if share == "batch" else batch
+            assert x.shape == (groups, 8 + 16) and losses.shape == (5, groups)
+            assert not x.any() and not losses.any()
+            assert cuda_kernel.score(scored).shape == (0,)
+
+
+def test_refusals():
+    def why(hidden, V=16, optimizer=None):
+        weight = torch.empty(V, hidden.shape[2], dtype=hidden.dtype)
+        mask = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        optimizer = optimizer or AdamW()
+        targets = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        p = check_fit(hidden, weight, targets, mask, 30.0, "after", "window", "window", "bias", optimizer, 1, None)
+        return cuda_kernel.why_not_fit(p)
+
+    assert "need float32 or bfloat16 CUDA tensors, got torch.float32 on cpu" in why(torch.ones(1, 2, 3))
+    assert "fit with AdamW only, got LBFGS" in why(torch.ones(1, 2, 3), optimizer=LBFGS())
+
+
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@pytest.mark.parametrize("size", [(448, 512, 1024), (2048, 512, 8192)], ids=str)
+def test_real_sizes_on_a_gpu(size):
+    """What the emulation cannot see: the library's product, whose bits must not depend on where a window lies in it."""
+    inputs = make(size, "after", torch.bfloat16, "cuda", batch=8)
+    options = {"parameters": "both", "optimizer": AdamW(lr=0.02), "steps": 4, "impl": "cuda"}
+    whole = slot_fit(*inputs, **options)
+    for i in range(8):
+        own = [inputs[0][i : i + 1], inputs[1], *(t[i : i + 1] for t in inputs[2:])]
+        for ours, all_of_them in zip(slot_fit(*own, **options)[:2], whole[:2], strict=True):
+            assert torch.equal(ours[0], all_of_them[i])
+    exact = slot_fit(*inputs, **(options | {"impl": "reference"}))
+    torch.testing.assert_close(whole.loss_per_step, exact.loss_per_step, rtol=0, atol=2e-3)
+
+
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@pytest.mark.parametrize("parameters", ["bias", "both"])
+@pytest.mark.parametrize("norm", ["after", "before"])
+def test_in_a_cuda_graph_on_a_side_stream(norm, parameters):
+    inputs = make((150, 64, 96), norm, torch.bfloat16, "cuda")
+    rows = inputs[3] > 0
+    p = check_fit(*inputs, 30.0, norm, "window", "window", parameters, AdamW(lr=0.02), 3, None)
+
+    def run():
+        x, losses = cuda_kernel.fit(p)
+        fit = SlotFit(*p.split(x), losses)
+        return x, cuda_kernel.score(check_later(fit))
+
+    def check_later(fit):
+        scored.__dict__.update(delta=fit.delta, bias=fit.bias)
+        return scored
+
+    scored = check_score(*inputs[:3], None, 30.0, norm, rows)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        x, nll = run()
+    inputs[0].copy_(inputs[0].flip(0))  # the graph must read the new values
+    inputs[2].copy_(inputs[2].roll(1, 1))
+    graph.replay()
+    want, want_nll = run()
+    assert torch.equal(x, want) and torch.equal(nll, want_nll)
+
+
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+def test_lbfgs_falls_back_and_says_so():
+    inputs = make((20, 16, 24), "after", torch.float32, "cuda")
+    with pytest.raises(ValueError, match="fit with AdamW only, got LBFGS"):
+        slot_fit(*inputs, optimizer=LBFGS(max_iter=2), steps=1, impl="cuda")
+    fit = slot_fit(*inputs, optimizer=LBFGS(max_iter=2), steps=1)
+    assert torch.isfinite(slot_score(*inputs[:3], fit, rows=inputs[3] > 0)).all()
