@@ -33,8 +33,10 @@ class DeviceGuard {
 
 template <class Args>
 void launch(void (*kernel)(Args), dim3 grid, unsigned threads, uintptr_t stream, const Args& args) {
-  kernel<<<grid, threads, 0, reinterpret_cast<cudaStream_t>(stream)> > >(args);
-  check_cuda(cudaGetLastError(), "kernel launch");
+  void* arguments[] = {const_cast<Args*>(&args)};
+  check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments, 0,
+                              reinterpret_cast<cudaStream_t>(stream)),
+             "kernel launch");
 }
 
 // Barrier `id` (1 to 15) of `threads` threads, whole warps.

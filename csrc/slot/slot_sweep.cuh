@@ -147,7 +147,7 @@ template <class T, bool kBefore, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kBefore || !kPlain ? 1 : 2)
     slot_sweep_kernel(const __grid_constant__ Sweep a) {
   constexpr bool kFast = kPlain && sizeof(T) == 2;
-  __shared__ float sums[kThreads * kColumns];
+  alignas(16) __shared__ float sums[kThreads * kColumns];
   __shared__ RowSums rows;
   __shared__ float slots[2][kWarps];
 

@@ -7,7 +7,7 @@ PRESETS: dict[str, Config] = {
     # Minutes on two CPU cores: small and in many small steps, because a few million tokens are all there is time for.
     "demo": Config(
         preset="demo",
-        num_layers=4,
+        num_layers=3,
         model_dim=256,
         num_heads=4,
         num_kv_heads=2,
@@ -17,11 +17,12 @@ PRESETS: dict[str, Config] = {
         bigram_dim=64,
         skip_gates=True,
         ve_dim=64,
-        ve_layers=(2, 3),
+        ve_layers=(1, 2),
         rope_train_len=512,
         train_seq_len=512,
         train_batch_tokens=4096,
         matrix_lr=0.03,
+        tied_embed_lr=0.02,
         muon_momentum=0.9,
         muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=60,

@@ -96,7 +96,10 @@ def test_as_accurate_as_the_reference(device, size, dtype, norm, softcap):
     if size[2] > 100 and softcap in (8.0, 80.0):
         pytest.skip("the form of the softcap is independent of the vocabulary's size")
     errors, loss_errors = [], []  # ours, the reference's
-    for parameters, share in (("delta", "window"), ("bias", "window"), ("both", "window"), ("both", "batch")):
+    forms = [("delta", "window"), ("bias", "window"), ("both", "window"), ("both", "batch")]
+    if size[2] > 100 and device == "cpu":  # a second and a half for each product with so large a weight
+        forms = [("bias", "window"), ("bias", "batch")]
+    for parameters, share in forms:
         inputs = make(size, norm, dtype, device)
         rows = torch.rand(inputs[2].shape, device=device) < 0.5
         options = rows, norm, softcap, parameters, share
@@ -184,8 +187,15 @@ def test_real_sizes_on_a_gpu(size):
         own = [inputs[0][i : i + 1], inputs[1], *(t[i : i + 1] for t in inputs[2:])]
         for ours, all_of_them in zip(slot_fit(*own, **options)[:2], whole[:2], strict=True):
             assert torch.equal(ours[0], all_of_them[i])
-    exact = slot_fit(*inputs, **(options | {"impl": "reference"}))
-    torch.testing.assert_close(whole.loss_per_step, exact.loss_per_step, rtol=0, atol=2e-3)
+    if size[2] > 1024:
+        return
+    baseline, exact = (slot_fit(*i, **(options | {"impl": "reference"})) for i in (inputs, double(inputs)))
+    for ours, theirs, truth in zip(whole[:2], baseline[:2], exact[:2], strict=True):
+        assert (ours - truth).norm() <= 2 * (theirs - truth).norm()
+    # Roundings of bfloat16 cancel in a mean over rows, what tanh_approx is off (2^-11 of a logit) does not.
+    largest_logit = float((inputs[0].double() @ inputs[1].double().T).abs().max())
+    off, allowed = ((fit.loss_per_step - exact.loss_per_step).abs().max() for fit in (whole, baseline))
+    assert off <= 2 * allowed + 2**-11 * largest_logit
 
 
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
