@@ -1,4 +1,4 @@
-"""Before torch is imported: threads that wait sleep, as in `pgolf`, so that tests keep their pace on a shared machine."""
+"""Before torch is imported: waiting threads sleep, as in `pgolf`, so that tests keep their pace on a shared machine."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""How close is close enough: at most twice the error that plain PyTorch makes in the same dtype, both against float64."""
+"""How close is close enough: at most twice the error of plain PyTorch in the same dtype, both against float64."""
 
 from collections.abc import Callable
 

@@ -52,14 +52,17 @@ def _ours(impl, form, hidden, weight, targets, mask):
 
 
 def _inputs(B, T, D, V, dtype, device, form):
-    """Hidden states that half predict a Zipf-like stream of targets, with something left for delta to learn."""
-    weight = 0.15 * torch.randn(V, D, device=device)
-    frequency = 1 / (torch.arange(V, device=device) + 5.0)
+    """Hidden states that half predict a Zipf-like stream of targets, with something left for delta to learn.
+
+    Drawn on the CPU: after a graph capture that failed, as the public op's does, the GPU's generator refuses to work.
+    """
+    weight = 0.15 * torch.randn(V, D)
+    frequency = 1 / (torch.arange(V) + 5.0)
     targets = torch.multinomial(frequency, B * T, replacement=True).view(B, T)
-    hidden = F.rms_norm(torch.randn(B, T, D, device=device) + 0.8 * weight[targets], (D,))
+    hidden = F.rms_norm(torch.randn(B, T, D) + 0.8 * weight[targets], (D,))
     hidden = 7 * hidden if form == "before" else hidden
-    mask = (torch.arange(T, device=device) < T - SCORED).expand(B, T)
-    return hidden.to(dtype), weight.to(dtype), targets, mask
+    mask = (torch.arange(T) < T - SCORED).expand(B, T)
+    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), mask.to(device)
 
 
 def _shapes(device, quick):

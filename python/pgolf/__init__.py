@@ -1,4 +1,4 @@
-"""Trainer and evaluator for small GPTs over pgolf_kernels, in the order the data flows: data, train, artifact, evaluate.
+"""Trainer and evaluator for small GPTs over pgolf_kernels.
 
 Threads that wait sleep instead of spinning. On two quiet cores this costs 10 % of a training step; where another
 process takes a share of a core, spinning threads wait for each other's time slices and a step takes 5 to 25 times as

@@ -141,7 +141,7 @@ GOOD_HEADER = Header(Config(), TOKENIZER, (), {}).as_dict()
         (build(b'{"config": NaN}'), "NaN is not a number"),
         (build(GOOD_HEADER, b"x"), "1 bytes of tensors follow, but the table adds up to 0"),
         (build(GOOD_HEADER | {"tokenizer_sha256": "A" * 64}), "tokenizer_sha256 must be 64 hexadecimal digits"),
-        (build(GOOD_HEADER | {"config": {"num_heads": 0}}), "config: impossible values"),
+        (build(GOOD_HEADER | {"config": {"num_heads": 0}}), "config: num_heads must be at least 1, got 0"),
         (build(GOOD_HEADER | {"config": {"num_heads": True}}), "config: num_heads must be of type int, got bool"),
         (build(GOOD_HEADER | {"config": {"num_head": 1}}), "unknown field 'num_head'; did you mean 'num_heads'"),
         (build(GOOD_HEADER | {"config": {"compressor": "lzma"}}), "compressed by brotli, but its config says lzma"),

@@ -121,16 +121,41 @@ def _check_model(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, rows:
         softcap,
     )
     _one_of(op, "norm", norm, ("after", "before"))
-    used = targets[rows]
-    if used.numel():
-        low, high = used.min().item(), used.max().item()
-        require(
-            low >= 0 and high < len(weight),
-            op,
-            f"targets of the used rows must be in [0, {len(weight)})",
-            f"{low} to {high}",
-            "leave padding out of the mask",
-        )
+
+
+def _read_rows(op: str, targets: Tensor, rows: Tensor, counted: Tensor, valid: Tensor, vocab_size: int) -> list[int]:
+    """Check values and count rows in one read from the device; each further read would drain a GPU's queue again.
+
+    Args:
+        rows: [B, T] bool; targets at these must lie in the vocabulary.
+        counted: [B, T] bool, what the result counts in each window.
+        valid: [] bool, whether the mask's weights are finite and not negative.
+    """
+    if not targets.numel():
+        return [0] * len(targets)
+    limits = torch.iinfo(torch.int64)
+    lowest, highest = targets.where(rows, limits.max).min(), targets.where(rows, limits.min).max()
+    facts = (counted.sum(1), lowest[None], highest[None], valid.long()[None])
+    *num_rows, low, high, is_valid = torch.cat(facts).tolist()
+    require(bool(is_valid), op, "fit_mask must be finite and >= 0", "a negative, infinite or NaN weight")
+    require(
+        low >= 0 and high < vocab_size,
+        op,
+        f"targets of the used rows must be in [0, {vocab_size})",
+        f"{low} to {high}",
+        "leave padding out of the mask",
+    )
+    return num_rows
+
+
+def _window_totals(mask: Tensor) -> Tensor:
+    """Sum of each row of mask [B, T], halves added to halves: an order that does not depend on the batch."""
+    width = 1 << max(mask.shape[1] - 1, 0).bit_length()
+    total = torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
+    while width > 1:
+        width //= 2
+        total = total[:, :width] + total[:, width:]
+    return total[:, 0]
 
 
 def _check_optimizer(optimizer: AdamW | LBFGS, share: str) -> None:
@@ -201,20 +226,14 @@ def check_fit(hidden, weight, targets, fit_mask, softcap, norm, share, normalize
     require(isinstance(steps, int) and steps >= 0, op, "steps must be an int >= 0", repr(steps))
     _check_optimizer(optimizer, share)
     mask = fit_mask.detach().to(torch.float64)
-    if fit_mask.is_floating_point():
-        require(
-            bool(((mask >= 0) & (mask < math.inf)).all()),
-            op,
-            "fit_mask must be finite and >= 0",
-            "a negative, infinite or NaN weight",
-        )
-    _check_model(op, hidden, weight, targets, mask > 0, softcap, norm)
+    _check_model(op, hidden, weight, targets, mask, softcap, norm)
 
-    # One sum per window, over a tensor of its own, so that it does not depend on the batch.
-    totals = torch.stack([m.clone().sum() for m in mask]) if len(mask) else mask.new_zeros(0)
+    totals = _window_totals(mask)
     denominator = totals if normalize == "window" else totals.sum().expand(len(mask))
     dtype = accumulate_dtype(hidden)
     weights = (mask / denominator.where(denominator > 0, 1.0)[:, None]).to(dtype)
+    valid = ((mask >= 0) & (mask < math.inf)).all()
+    num_rows = _read_rows(op, targets, mask > 0, weights > 0, valid, len(weight))
     sizes = {"delta": weight.shape[1], "bias": weight.shape[0]}
     sizes = sizes if parameters == "both" else {parameters: sizes[parameters]}
     num_groups = 1 if share == "batch" else len(hidden)
@@ -223,7 +242,7 @@ def check_fit(hidden, weight, targets, fit_mask, softcap, norm, share, normalize
         weight=weight.detach(),
         targets=targets,
         weights=weights,
-        num_rows=(weights > 0).sum(1).tolist(),
+        num_rows=num_rows,
         start=_start(init, num_groups, sizes, weights),
         softcap=softcap,
         norm=norm,
@@ -252,12 +271,13 @@ def check_score(hidden, weight, targets, fit, softcap, norm, rows) -> Score:
     """Check slot_score's arguments and return them as a Score."""
     require(rows.dtype == torch.bool, "slot_score", "rows must be a bool mask [B, T]", rows.dtype)
     _check_model("slot_score", hidden, weight, targets, rows, softcap, norm)
+    num_rows = _read_rows("slot_score", targets, rows, rows, rows.new_ones(()), len(weight))
     return Score(
         hidden=hidden.detach(),
         weight=weight.detach(),
         targets=targets,
         rows=rows,
-        num_rows=rows.sum(1).tolist(),
+        num_rows=num_rows,
         delta=_fitted(fit, "delta", weight.shape[1], hidden),
         bias=_fitted(fit, "bias", weight.shape[0], hidden),
         softcap=softcap,
