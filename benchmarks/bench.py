@@ -8,6 +8,7 @@ call is timed both replayed from a CUDA graph (device time) and launched eagerly
 
 import argparse
 import csv
+import functools
 import importlib
 import json
 import subprocess
@@ -123,18 +124,22 @@ def commit() -> str:
     return found.stdout.strip() or "no commit"
 
 
-def append_csv(rows: list[dict], device: str) -> None:
-    """Append to benchmarks/results/<op>.csv, with when, what and where in front of every row."""
+@functools.cache
+def _stamp(device: str) -> dict:
+    """When, what and where, the same for all rows of a run."""
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "commit": commit()} | describe_machine(device)
+
+
+def append_csv(row: dict, device: str) -> None:
+    """Append to benchmarks/results/<op>.csv at once: a run that is cut short keeps what it measured."""
     RESULTS.mkdir(exist_ok=True)
-    stamp = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "commit": commit()} | describe_machine(device)
-    for row in rows:
-        path = RESULTS / f"{row['op']}.csv"
-        fresh = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*stamp, *row], lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerow(stamp | row)
+    path, row = RESULTS / f"{row['op']}.csv", _stamp(device) | row
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def _print_row(row: dict) -> None:
@@ -158,9 +163,13 @@ def main(argv: list[str] | None = None) -> None:
     unknown = set(options.ops) - set(available_ops())
     if unknown:
         parser.error(f"no benchmark for {sorted(unknown)}; expected {available_ops()}")
-    rows = run(options.ops, options.device, options.quick, report=_print_row)
-    if not options.quick:
-        append_csv(rows, options.device)
+
+    def report(row: dict) -> None:
+        _print_row(row)
+        if not options.quick:
+            append_csv(row, options.device)
+
+    rows = run(options.ops, options.device, options.quick, report)
     if options.json:
         print(json.dumps(rows))
 
