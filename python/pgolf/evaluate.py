@@ -31,7 +31,10 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Config, dict]:
     """The model of an artifact, ready to score: (model, config, header)."""
     artifact = load_artifact(path)
     model = GPT(artifact.config)
-    model.load_export(artifact.state)
+    try:
+        model.load_export(artifact.state)
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{path}: its tensors do not fit its config ({error})") from error
     model.activation_dtype = activation_dtype(artifact.config, device)
     return model.to(device).eval().requires_grad_(False), artifact.config, artifact.header
 

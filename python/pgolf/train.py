@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pgolf_kernels import dispatch
@@ -28,7 +28,7 @@ from .optimise.gradients import GradientBuffer
 from .optimise.groups import Optimisers
 from .optimise.schedule import lr_multiplier, muon_momentum
 from .progress import TrainingProgress
-from .scoring.validation import plain_score
+from .scoring.validation import plain_score, validation_tokens
 
 
 class Trainer:
@@ -148,6 +148,7 @@ def train(cfg: Config, data: Path, run_dir: Path, resume: bool = False, device: 
         cfg: the run. With resume it must equal the one the run was started with.
         data: a prepared dataset, or the challenge's own layout.
         run_dir: created; refused if it holds a run already and resume is False.
+        resume: continue from the newest checkpoint, or from the start if the run ended before its first.
 
     Returns:
         The last line of the log: steps, seconds, tokens per second, val_loss, val_bpb.
@@ -168,10 +169,11 @@ def _train(cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distribu
             f"= {cfg.train_seq_len} x {ranks.world_size}; use --set train_batch_tokens=..."
         )
     dataset = Dataset.open(data, vocab_size=cfg.vocab_size)
+    validation_tokens(cfg, dataset, cfg.val_tokens)  # too few would otherwise show only when training is over
     trainer = Trainer(cfg, dataset, ranks)
     ranks.barrier()  # every rank has accepted its input before rank 0 writes anything
     log = _open_run(cfg, dataset, run_dir, ranks) if ranks.is_main else None
-    if resume:
+    if resume and checkpoint.latest(run_dir):
         trainer.resume(run_dir)
         progress.note(f"resumed at step {trainer.step}")
     elif cfg.warmup_steps:
@@ -188,6 +190,9 @@ def _train(cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distribu
 
     if trainer.average:
         trainer.average.copy_to_model()
+    if ranks.is_main:
+        weights = {k: v.detach().float().cpu().contiguous() for k, v in trainer.model.export_state().items()}
+        run.write_atomically(run_dir / run.MODEL, safetensors.torch.save(weights))
     with progress.stage("validating"):
         scores = validate(trainer)
     summary = {
@@ -197,10 +202,6 @@ def _train(cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distribu
         **scores,
     }
     if ranks.is_main:
-        exported = {k: v.detach().float().cpu().clone() for k, v in trainer.model.export_state().items()}
-        partial = run_dir / (run.MODEL + ".partial")
-        save_file(exported, partial)
-        partial.replace(run_dir / run.MODEL)
         log.write("end", **summary)
         log.close()
     return summary

@@ -77,6 +77,14 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(reference_run, data
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def test_a_run_that_died_before_its_first_checkpoint_resumes_from_the_start(reference_run, dataset_dir, tmp_path):
+    from pgolf.train import train
+
+    run.write_atomically(tmp_path / run.CONFIG, (reference_run / run.CONFIG).read_bytes())
+    train(run.read_config(tmp_path), dataset_dir, tmp_path, resume=True, device="cpu")
+    np.testing.assert_allclose([*losses(tmp_path).values()], [*losses(reference_run).values()], rtol=2e-5)
+
+
 @pytest.mark.parametrize("loader", ["coprime", "sequential"])
 def test_two_ranks_give_the_losses_of_one(dataset_dir, tmp_path, run_pgolf, loader):
     """Real processes over gloo. Sums over ranks are ordered differently, so equal to float32 tolerance only."""
@@ -124,6 +132,7 @@ def test_a_time_budget_ends_the_run_and_warms_down(dataset_dir, tmp_path, run_pg
         (["--set", "num_layers=many"], "num_layers must be a whole number, got 'many'"),
         (["--set", "num_heads=3"], "must be a multiple of num_heads 3"),
         (["--set", "vocab_size=1024"], "vocab_size must be the tokenizer's 512, got 1024"),
+        (["--set", "drop_val_tail=true", "--set", "eval_seq_len=2097152"], "validation needs at least 2097153 tokens"),
         (["--set", "train_seq_len=2097152", "--set", "train_batch_tokens=2097152"], "use more text"),
     ],
 )
