@@ -100,7 +100,8 @@ def evaluate(
             "artifact_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest(),
         }
         if ranks.is_main:
-            run.update_json(artifact.parent / run.SCORES, method, result)
+            name = f"{method}, first {limit} tokens" if limit else method  # never in place of a whole score
+            run.update_json(artifact.parent / run.SCORES, name, result)
         return result
     finally:
         distributed.stop()
