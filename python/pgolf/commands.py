@@ -119,12 +119,14 @@ def unpack(args: Namespace) -> dict:
 
 
 def inspect(args: Namespace) -> dict:
+    from rich.console import Console
+
     from .artifact.inspect import inspect as inspect_artifact
     from .artifact.inspect import table
 
     result = inspect_artifact(args.artifact)
     if not args.json:
-        CONSOLE.__class__(highlight=False).print(table(result))
+        Console().print(table(result))
     return result
 
 
