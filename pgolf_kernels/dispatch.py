@@ -33,6 +33,17 @@ class Impl(NamedTuple):
     why_not: Callable[..., str | None]
 
 
+ASK = object()  # given as `impl`, makes an op check its arguments and raise Asked instead of computing
+
+
+class Asked(Exception):
+    """What `choose` was asked: `impls` and the arguments they would get. For `explain`."""
+
+    def __init__(self, impls: tuple[Impl, ...], arguments: tuple):
+        super().__init__()
+        self.impls, self.arguments = impls, arguments
+
+
 def always(*_args) -> None:
     """The `why_not` of a reference: it runs everywhere."""
 
@@ -48,6 +59,8 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
     Raises:
         ValueError: `name` is unknown, or cannot run these arguments (the message says why).
     """
+    if name is ASK:
+        raise Asked(impls, args)
     skipped = []
     # Nobody expects a GPU kernel on a CPU, or the reverse: such a refusal is no reason to warn.
     on_gpu = any(getattr(getattr(arg, "device", None), "type", None) == "cuda" for arg in args)

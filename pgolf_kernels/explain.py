@@ -2,11 +2,9 @@
 
 import importlib
 import inspect
-import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
-from .dispatch import Impl, require
+from .dispatch import ASK, Asked, require
 
 
 class Choice(NamedTuple):
@@ -15,39 +13,6 @@ class Choice(NamedTuple):
     name: str
     used: bool
     reason: str | None
-
-
-class _Asked(Exception):
-    """Carries what the op asked `choose` out of the op, before anything runs."""
-
-    def __init__(self, impls: tuple[Impl, ...], args: tuple):
-        super().__init__()
-        self.impls, self.args_asked = impls, args
-
-
-_LOCK = threading.Lock()
-
-
-def _ask(_op: str, impls: tuple[Impl, ...], _name: str, *args) -> None:
-    raise _Asked(impls, args)
-
-
-def _question(function: Callable, args: tuple, kwargs: dict) -> _Asked:
-    """Run the op's own argument checks up to its call of `choose`, which is answered here instead."""
-    namespace = inspect.unwrap(function).__globals__
-    with _LOCK:
-        choose, namespace["choose"] = namespace["choose"], _ask
-        try:
-            function(*args, **kwargs)
-        except _Asked as asked:
-            return asked
-        finally:
-            namespace["choose"] = choose
-    raise AssertionError(f"{function.__name__} returned without choosing an implementation")
-
-
-def _chooses(value: object) -> bool:
-    return inspect.isfunction(value) and "choose" in inspect.unwrap(value).__globals__
 
 
 def explain(op_name: str, *args, **kwargs) -> list[Choice]:
@@ -64,12 +29,15 @@ def explain(op_name: str, *args, **kwargs) -> list[Choice]:
         ValueError: no op has that name, or the op refuses these arguments.
     """
     public = vars(importlib.import_module(__package__))
-    ops = {name: value for name, value in public.items() if _chooses(value)}
+    ops = {name: f for name, f in public.items() if inspect.isfunction(f) and "impl" in inspect.signature(f).parameters}
     require(op_name in ops, "explain", f"op_name must be one of {sorted(ops)}", repr(op_name))
-    asked = _question(ops[op_name], args, kwargs)
+    try:
+        ops[op_name](*args, **kwargs, impl=ASK)
+    except Asked as question:
+        asked = question
     choices, found = [], False
     for impl in asked.impls:
-        reason = impl.why_not(*asked.args_asked)
+        reason = impl.why_not(*asked.arguments)
         choices.append(Choice(impl.name, used=reason is None and not found, reason=reason))
         found = found or reason is None
     for choice in choices:

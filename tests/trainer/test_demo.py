@@ -64,34 +64,10 @@ def test_the_artifact_alone_carries_the_model(demo):
 
 def test_two_ranks_score_exactly_as_one(demo, dataset_dir, run_pgolf):
     """Batches are cut before they are dealt to ranks, so the sums have the same bits."""
-    process = run_pgolf(
-        Path(demo["run"]) / run.ARTIFACT,
-        "--data",
-        dataset_dir,
-        "--method",
-        "slot",
-        "--tokens",
-        4000,
-        "--json",
-        "--device",
-        "cpu",
-        ranks=2,
-        module="pgolf.evaluate",
-    )
-    one = run_pgolf(
-        "eval",
-        Path(demo["run"]) / run.ARTIFACT,
-        "--data",
-        dataset_dir,
-        "--method",
-        "slot",
-        "--tokens",
-        4000,
-        "--json",
-        "--device",
-        "cpu",
-    )
-    two_ranks, one_rank = json.loads(process.stdout), json.loads(one.stdout)
+    artifact = Path(demo["run"]) / run.ARTIFACT
+    command = [artifact, "--data", dataset_dir, "--method", "slot", "--tokens", 4000, "--json", "--device", "cpu"]
+    two_ranks = json.loads(run_pgolf(*command, ranks=2, module="pgolf.evaluate").stdout)
+    one_rank = json.loads(run_pgolf("eval", *command).stdout)
     assert two_ranks["world_size"] == 2
     kept = json.loads((Path(demo["run"]) / run.SCORES).read_text())
     assert kept["slot"] == demo["scores"]["slot"], "a partial score took the place of the whole one"

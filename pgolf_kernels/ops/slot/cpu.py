@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import extension
 from . import optimizers
-from .problem import Fit, Score
+from .problem import Fit, Score, address, window_stride
 
 
 def why_not(p: Fit | Score) -> str | None:
@@ -19,16 +19,12 @@ def why_not(p: Fit | Score) -> str | None:
     return extension.WHY_NOT_CPU
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 class _Inputs:
     """SlotProblem, and the contiguous tensors it points into, which must outlive it."""
 
     def __init__(self, p: Fit | Score, isa: str) -> None:
         self.tensors = [t.contiguous() for t in (p.hidden, p.weight, p.targets)]
-        hidden, weight, targets = map(_address, self.tensors)
+        hidden, weight, targets = map(address, self.tensors)
         self.problem = extension.cpu.SlotProblem(
             hidden=hidden,
             weight=weight,
@@ -46,7 +42,7 @@ def fit(p: Fit, isa: str = "") -> tuple[Tensor, Tensor]:
     """Return the parameters [G, P] and the losses [steps, G], as reference.fit does."""
     inputs, weights = _Inputs(p, isa), p.weights.contiguous()
     objective = extension.cpu.SlotObjective(
-        weights=_address(weights),
+        weights=address(weights),
         delta=p.parameters != "bias",
         bias=p.parameters != "delta",
         shared=len(p.groups()) != len(p.hidden),
@@ -63,8 +59,8 @@ def fit(p: Fit, isa: str = "") -> tuple[Tensor, Tensor]:
         beta2=p.optimizer.betas[1],
         eps=p.optimizer.eps,
         weight_decay=p.optimizer.weight_decay,
-        x=_address(x),
-        losses=_address(losses),
+        x=address(x),
+        losses=address(losses),
     )
     return x, losses
 
@@ -75,7 +71,7 @@ def _fit_lbfgs(p: Fit, evaluator, x: Tensor) -> tuple[Tensor, Tensor]:
 
     def evaluate(groups: list[int], points: Tensor) -> tuple[list[float], Tensor]:
         losses, gradients = torch.empty(len(groups), dtype=torch.float64), torch.empty_like(points)
-        evaluator.evaluate(groups, x=_address(points), losses=_address(losses), gradients=_address(gradients))
+        evaluator.evaluate(groups, x=address(points), losses=address(losses), gradients=address(gradients))
         return losses.tolist(), gradients
 
     if p.optimizer.joint:
@@ -114,17 +110,14 @@ def score(p: Score, isa: str = "") -> Tensor:
     inputs, rows = _Inputs(p, isa), p.rows.contiguous()
     delta, bias = (None if v is None else v.contiguous() for v in (p.delta, p.bias))
 
-    def stride(v: Tensor | None) -> int:
-        return 0 if v is None or len(v) == 1 else v.shape[1]
-
     nll = torch.empty(sum(p.num_rows))
     extension.cpu.slot_score(
         inputs.problem,
-        rows=_address(rows),
-        delta=_address(delta),
-        delta_stride=stride(delta),
-        bias=_address(bias),
-        bias_stride=stride(bias),
-        nll=_address(nll),
+        rows=address(rows),
+        delta=address(delta),
+        delta_stride=window_stride(delta),
+        bias=address(bias),
+        bias_stride=window_stride(bias),
+        nll=address(nll),
     )
     return nll

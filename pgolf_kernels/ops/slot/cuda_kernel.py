@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import extension
 from .optimizers import LBFGS
-from .problem import Fit, Score
+from .problem import Fit, Score, address, window_stride
 
 ROWS_PER_PRODUCT = 2048  # enough tiles for every multiprocessor, and little wasted on a single window
 
@@ -35,10 +35,6 @@ def why_not_fit(p: Fit) -> str | None:
     return why_not(p)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 class _Rows:
     """The rows that take part, gathered and multiplied with the head; keeps every tensor it points into alive."""
 
@@ -46,9 +42,9 @@ class _Rows:
         device = p.hidden.device
         hidden, weight, targets = (t.contiguous() for t in (p.hidden, p.weight, p.targets))
         self.problem = extension.cuda.SlotProblem(
-            hidden=_address(hidden),
-            weight=_address(weight),
-            targets=_address(targets),
+            hidden=address(hidden),
+            weight=address(weight),
+            targets=address(targets),
             sizes=(*hidden.shape, len(weight)),
             bf16=hidden.dtype == torch.bfloat16,
             softcap=p.softcap or 0.0,
@@ -77,19 +73,19 @@ class _Rows:
         window = integers(len(hidden) + 1)
         self.rows = extension.cuda.SlotRows(
             num_rows=p.num_rows,
-            hidden=_address(rows),
-            logits=_address(logits),
+            hidden=address(rows),
+            logits=address(logits),
             stride=logits.shape[1],
-            source=_address(source),
-            target=_address(target),
-            weight=_address(weights),
-            output=_address(output),
-            segment=_address(segment),
-            window=_address(window),
+            source=address(source),
+            target=address(target),
+            weight=address(weights),
+            output=address(output),
+            segment=address(segment),
+            window=address(window),
         )
         self.tensors = [hidden, weight, targets, rows, logits, source, target, weights, output, segment, window]
         extension.cuda.slot_gather(
-            self.problem, self.rows, weights=0 if scored else _address(choice), wanted=_address(choice) if scored else 0
+            self.problem, self.rows, weights=0 if scored else address(choice), wanted=address(choice) if scored else 0
         )
         for first, count in products:
             torch.mm(rows[first : first + count], weight.T, out=logits[first : first + count, :V])
@@ -142,8 +138,8 @@ def fit(p: Fit) -> tuple[Tensor, Tensor]:
             delta=delta,
             bias=bias,
             shared=len(p.groups()) != len(p.hidden),
-            x=_address(x),
-            **{name: _address(tensor) for name, tensor in workspace.items()},
+            x=address(x),
+            **{name: address(tensor) for name, tensor in workspace.items()},
         )
     return x, workspace["losses"]
 
@@ -153,19 +149,16 @@ def score(p: Score) -> Tensor:
     gathered = _Rows(p)
     delta, bias = (None if v is None else v.contiguous() for v in (p.delta, p.bias))
 
-    def stride(v: Tensor | None) -> int:
-        return 0 if v is None or len(v) == 1 else v.shape[1]
-
     shift = None if delta is None else delta.new_empty(len(delta), len(p.weight))
     nll = torch.empty(sum(p.num_rows), device=p.hidden.device)
     extension.cuda.slot_score(
         gathered.problem,
         gathered.rows,
-        delta=_address(delta),
-        delta_stride=stride(delta),
-        bias=_address(bias),
-        bias_stride=stride(bias),
-        shift=_address(shift),
-        nll=_address(nll),
+        delta=address(delta),
+        delta_stride=window_stride(delta),
+        bias=address(bias),
+        bias_stride=window_stride(bias),
+        shift=address(shift),
+        nll=address(nll),
     )
     return nll

@@ -74,6 +74,16 @@ class Score:
         return self.hidden.device
 
 
+def address(tensor: Tensor | None) -> int:
+    """What the compiled kernels take for a tensor; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def window_stride(parameter: Tensor | None) -> int:
+    """Elements from one window's delta or bias to the next one's; 0 if all windows share it or there is none."""
+    return 0 if parameter is None or len(parameter) == 1 else parameter.shape[1]
+
+
 def accumulate_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of everything but the base logits."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
