@@ -8,7 +8,7 @@ torch is never imported, so one build serves every torch version. Which compiler
 and csrc/bindings_{cpu,cuda}.cpp are the modules. A new op needs no change here.
 
 Environment: PGOLF_CUDA=auto|0|1, PGOLF_CUDA_ARCHS="80+PTX;90", PGOLF_SANITIZE=address,undefined|thread,
-PGOLF_DEBUG=1, MAX_JOBS, CXX, CUDA_HOME.
+PGOLF_DEBUG=1, PGOLF_EMULATE_AMX=1 (level amx on ordinary registers, for tests), MAX_JOBS, CXX, CUDA_HOME.
 """
 
 import os
@@ -35,13 +35,14 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 # GCC 12 reports uninitialised variables inside its own AVX-512 headers.
 AVX512 = [*AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"]
 AVX512 += ["-Wno-maybe-uninitialized"]
-AVX512BF16 = [*AVX512, "-mavx512bf16"]
+AVX512BF16 = [*AVX512, *(f"-mavx512{x}" for x in ("bf16", "vbmi", "vnni"))]
+EMULATE_AMX = os.environ.get("PGOLF_EMULATE_AMX", "0") == "1"
 ISA_FLAGS = {
     "generic": [],
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512bf16": AVX512BF16,
-    "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    "amx": [*AVX512BF16, *([] if EMULATE_AMX else ["-mamx-tile", "-mamx-bf16", "-mamx-int8"])],
 }
 
 
@@ -65,6 +66,7 @@ def fail(problem: str, remedy: str) -> None:
 def host_flags() -> list[str]:
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-ffp-contract=fast"]
     flags += ["-O1", "-g", "-D_GLIBCXX_ASSERTIONS"] if DEBUG else ["-O3", "-g1"]
+    flags += ["-DPGOLF_EMULATE_AMX"] if EMULATE_AMX else []
     return flags + sanitizer_flags() + thread_flags()
 
 
@@ -206,7 +208,7 @@ class BuildWithNinja(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         # A folder per set of sanitizers: switching back must not find the other build's objects newer than its own.
-        variant = re.sub(r"\W+", "-", SANITIZE) + ("-debug" if DEBUG else "")
+        variant = re.sub(r"\W+", "-", SANITIZE) + ("-debug" if DEBUG else "") + ("-emulated" if EMULATE_AMX else "")
         folder = Path(self.build_temp).resolve() / (ext.name + variant)
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / Path(self.get_ext_filename(ext.name)).name

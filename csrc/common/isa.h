@@ -46,11 +46,14 @@ inline std::vector<Feature> detect_features() {
   }
 #endif
   const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6;
+#if defined(PGOLF_EMULATE_AMX)
+  l7d |= 7u << 22, saved |= 0x60000;  // amx.h brings tiles of its own
+#endif
   bool tiles = (saved & 0x60000) == 0x60000 && (l7d >> 24 & 1);
-#if defined(__linux__) && PGOLF_X86
+#if defined(__linux__) && PGOLF_X86 && !defined(PGOLF_EMULATE_AMX)
   // Linux hands out the 8 KB tile state per process, on request: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
   tiles = tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-#else
+#elif !defined(PGOLF_EMULATE_AMX)
   tiles = false;
 #endif
   return {
@@ -80,7 +83,7 @@ inline int cpu_level() {
   static const int level = [] {
     if (!(has("avx2") && has("fma") && has("f16c") && has("bmi2"))) return 0;
     if (!(has("avx512f") && has("avx512dq") && has("avx512bw") && has("avx512vl"))) return 1;
-    if (!has("avx512bf16")) return 2;
+    if (!(has("avx512bf16") && has("avx512vbmi") && has("avx512vnni"))) return 2;
     return has("amx_tile") && has("amx_bf16") && has("amx_int8") ? 4 : 3;
   }();
   return level;

@@ -62,6 +62,16 @@ PGOLF_INLINE float load_one(const bf16* p) {
   return x;
 }
 
+// Rounds to nearest even; a NaN stays one.
+#if defined(__AVX512BF16__)
+PGOLF_INLINE void store(bf16* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
+PGOLF_INLINE void store(bf16* p, vf x) {
+  const vi bits = (vi)x, rounded = bits + 0x7fff + ((bits >> 16) & 1), nan = (vi)(x != x);
+  const vh narrow = __builtin_convertvector(((rounded & ~nan) | (nan & 0x7fc00000)) >> 16, vh);
+  memcpy(p, &narrow, sizeof narrow);
+}
+#endif
 #if defined(__AVX512F__)
 PGOLF_INLINE vf load(const half* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 PGOLF_INLINE void store(half* p, vf x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0)); }
