@@ -18,6 +18,8 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+pgolf::DType dtype(bool bf16) { return bf16 ? pgolf::DType::bfloat16 : pgolf::DType::float32; }
+
 void bind_isa(py::module_& m) {
   m.def("isa", [] { return pgolf::kIsaLevels[pgolf::default_level()]; }, "The instruction set level kernels run with.");
   m.def(
@@ -46,7 +48,7 @@ void bind_slot(py::module_& m) {
                    T,
                    D,
                    V,
-                   bf16 ? DType::bfloat16 : DType::float32,
+                   dtype(bf16),
                    softcap,
                    before,
                    threads,

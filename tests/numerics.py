@@ -5,6 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pgolf_kernels import extension
+
+# Instruction sets that this CPU can run, for kernels in C++.
+LEVELS = extension.cpu.isa_levels() if extension.cpu else ["generic"]
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 

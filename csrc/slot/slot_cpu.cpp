@@ -44,8 +44,7 @@ struct Context {
   }
 
   const char* hidden(int64_t window) const {
-    const int64_t bytes = p.dtype == DType::float32 ? 4 : 2;
-    return static_cast<const char*>(p.hidden) + window * p.T * p.D * bytes;
+    return static_cast<const char*>(p.hidden) + window * p.T * p.D * size_of(p.dtype);
   }
   // Whether a step moves each row's 1 / rms; if it does not, norm="before" is norm="after" on normalised rows.
   bool through_norm(bool delta) const { return p.before && delta; }

@@ -8,9 +8,9 @@
 #pragma once
 #include <stdint.h>
 
-namespace pgolf::slot {
+#include "common/dtype.h"
 
-enum class DType { float32, bfloat16 };  // of hidden and weight
+namespace pgolf::slot {
 
 constexpr int64_t kColumnMultiple = 32;  // stride is V rounded up to this
 constexpr int kRowsPerGroup = 2;         // rows whose gradients are added up together

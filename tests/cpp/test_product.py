@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from pgolf_kernels import extension
+from numerics import LEVELS
 
 ROOT = Path(__file__).parents[2]
-LEVELS = extension.cpu.isa_levels() if extension.cpu else ["generic"]
 
 
 def isa_flags(environment):
     """ISA_FLAGS of setup.py, which is a script and not a module to import."""
-    code = "import setuptools, json; setuptools.setup = lambda **_: None; import setup; print(json.dumps(setup.ISA_FLAGS))"
+    code = "import json, setuptools as s; s.setup = lambda **_: None; import setup; print(json.dumps(setup.ISA_FLAGS))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PGOLF_CUDA": "0", **environment},
                          capture_output=True, text=True, check=True)  # fmt: skip
     return json.loads(run.stdout.splitlines()[-1])

@@ -4,9 +4,6 @@ Sizes: D = 33 and V = 75 leave a tail for every vector length, and an odd depth 
 pairs; 300 rows are more than one block of packed rows and more than one partial sum of the gradient.
 """
 
-import ctypes
-import faulthandler
-import mmap
 import os
 import signal
 import subprocess
@@ -15,14 +12,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_accurate
+from memory import Guarded, in_child
+from numerics import LEVELS, assert_as_accurate
 
 from pgolf_kernels import extension
 from pgolf_kernels.ops.slot import LBFGS, AdamW, SlotFit, cpu, reference, slot_fit, slot_score
 from pgolf_kernels.ops.slot.problem import check_fit, check_score
 
 pytestmark = pytest.mark.skipif(extension.cpu is None, reason=str(extension.WHY_NOT_CPU))
-LEVELS = [level for level in (extension.cpu.isa_levels() if extension.cpu else ["generic"]) if level != "amx"]
+LEVELS = [level for level in LEVELS if level != "amx"]
 B, T, D, V = 2, 300, 33, 75
 
 
@@ -147,35 +145,6 @@ def test_lbfgs_finds_the_minimum():
     assert (left.abs() < 1e-5).all() and (start - best.loss_per_step[-1] > 0.01).all()
 
 
-class Guarded:
-    """Memory of `like`'s contents that ends (or starts) where the process may not touch another byte."""
-
-    def __init__(self, like, at_end):
-        like = like.contiguous()
-        page, size = mmap.PAGESIZE, like.numel() * like.element_size()
-        inside = -(-max(size, 1) // page) * page
-        self.memory = mmap.mmap(-1, inside + 2 * page)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        protect = ctypes.CDLL(None, use_errno=True).mprotect
-        for fence in (start, start + page + inside):
-            assert protect(ctypes.c_void_p(fence), ctypes.c_size_t(page), 0) == 0
-        self.address = start + page + (inside - size if at_end else 0)
-        ctypes.memmove(self.address, like.data_ptr(), size)
-
-
-def in_child(body):
-    """Run body() in a forked child; return how it ended: 0, or minus the signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            faulthandler.disable()  # a crash is an answer here
-            body()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", LEVELS)
@@ -196,13 +165,6 @@ def test_touches_nothing_beyond_its_arguments(isa, dtype, at_end):
             extension.cpu.slot_score(p, rows=rows, delta=out, delta_stride=D, bias=out, bias_stride=V, nll=scores)
 
     assert in_child(run) == 0
-
-
-def test_the_guard_bites():
-    ends, starts = (Guarded(torch.zeros(1), at_end) for at_end in (True, False))
-    assert in_child(lambda: ctypes.string_at(ends.address, 4)) == 0
-    assert in_child(lambda: ctypes.string_at(ends.address, 5)) != 0
-    assert in_child(lambda: ctypes.string_at(starts.address - 1, 1)) != 0
 
 
 def test_runs_in_a_forked_child():
