@@ -1,9 +1,11 @@
-"""Time our kernels against their peers: `python -m benchmarks.bench [OP ...] [--quick] [--json] [--device cpu|cuda]`.
+"""Time our kernels against their peers: `python -m benchmarks.bench [OP ...]`, or `pgolf bench`.
 
 A wrong result is never timed. Rivals take turns in one process, and what is reported is the ratio peer / ours within
 each round (median, p20, p80), because absolute times drift with clocks and neighbours far more than ratios do. On a CPU
 a round counts only if our threads hardly waited for a core; on a GPU the L2 is flushed before every sample, and each
 call is timed both replayed from a CUDA graph (device time) and launched eagerly (what a loop without graphs sees).
+On a CPU, --isa lowers the instruction set of both sides, and --malloc tuned spares both the page faults of large
+tensors.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import csv
 import functools
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -21,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.machine import Limits, describe_machine, measure_limits
+from benchmarks.machine import PEER_ISA, Limits, describe_machine, environment_for, measure_limits
 from benchmarks.timing import compare_cpu, compare_cuda
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,15 +78,16 @@ def check(op: str, case: Case, inputs: tuple) -> None:
             )
 
 
-def run_case(op: str, case: Case, device: str, quick: bool, limits: Limits) -> list[dict]:
+def run_case(op: str, case: Case, device: str, quick: bool, limits: Limits, peers: Iterable[str] = ()) -> list[dict]:
     """Check, then time; one row per implementation, peer and way of timing."""
     buffers = [case.inputs() for _ in range(1 if quick else case.buffers)]
     check(op, case, buffers[0])
     compare = compare_cuda if device == "cuda" else compare_cpu
-    at_limit_ms = 1e3 * limits.seconds(case.flops, case.bytes, case.dtype)
+    at_limit_ms = 1e3 * limits.seconds(case.flops, case.bytes, case.dtype, case.bytes * len(buffers))
     rows = []
     for impl, ours in case.ours.items():
-        for timing, peer, result in compare(ours, case.peers, buffers, quick):
+        rivals = {name: call for name, call in case.peers.items() if not peers or name in peers}
+        for timing, peer, result in compare(ours, rivals, buffers, quick):
             row = {"op": op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "impl": impl}
             row |= {"peer": peer, "timing": timing} | result.columns()
             rows.append(row | {"limit_fraction": round(at_limit_ms / result.ms, 4)})
@@ -91,12 +95,24 @@ def run_case(op: str, case: Case, device: str, quick: bool, limits: Limits) -> l
 
 
 def available_ops() -> list[str]:
-    """Every op that has a benchmark."""
-    return sorted(path.stem.removeprefix("bench_") for path in (Path(__file__).parent / "ops").glob("bench_*.py"))
+    """Every op that has a benchmark, and "step" for whole training and evaluation steps."""
+    ops = (path.stem.removeprefix("bench_") for path in (Path(__file__).parent / "ops").glob("bench_*.py"))
+    return [*sorted(ops), "step"]
 
 
-def run(ops: Iterable[str] = (), device: str = "cpu", quick: bool = False, report: Callable = lambda row: None) -> list:
+def run(
+    ops: Iterable[str] = (),
+    device: str = "cpu",
+    quick: bool = False,
+    report: Callable = lambda row: None,
+    only: str = "",
+    peers: Iterable[str] = (),
+) -> list[dict]:
     """Benchmark the ops (all of them by default) and return the rows; `report` gets each row as it appears.
+
+    Args:
+        only: cases whose "shape dtype" contains this.
+        peers: names of the peers to time; all by default. The first one of a case sets the allowed error regardless.
 
     Raises:
         ValueError: no benchmark has that name.
@@ -109,9 +125,12 @@ def run(ops: Iterable[str] = (), device: str = "cpu", quick: bool = False, repor
             raise ValueError(f"bench: op must be one of {known}, got {op!r}")
     rows, limits = [], measure_limits(device)
     for op in ops:
-        cases = importlib.import_module(f"benchmarks.ops.bench_{op}").cases
+        name = "benchmarks.train_step" if op == "step" else f"benchmarks.ops.bench_{op}"
+        cases = importlib.import_module(name).cases
         for case in cases(device, quick):
-            for row in run_case(op, case, device, quick, limits):
+            if only not in f"{case.shape} {case.dtype}":
+                continue
+            for row in run_case(op, case, device, quick, limits, peers):
                 rows.append(row)
                 report(row)
     return rows
@@ -135,8 +154,13 @@ def append_csv(row: dict, device: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     path, row = RESULTS / f"{row['op']}.csv", _stamp(device) | row
     fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        columns = list(row) if fresh else next(csv.reader(file))
+        if columns != list(row):
+            raise ValueError(f"bench: {path} has the columns {columns}, but a row has {list(row)}; move the file away")
+        file.seek(0, 2)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow(row)
@@ -155,23 +179,41 @@ def _print_row(row: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"one of {available_ops()}; all by default")
-    parser.add_argument("--quick", action="store_true", help="small cases, few rounds, nothing appended to the results")
-    parser.add_argument("--json", action="store_true", help="print the rows as one JSON list on stdout")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_arguments(parser)
     options = parser.parse_args(argv)
     unknown = set(options.ops) - set(available_ops())
     if unknown:
         parser.error(f"no benchmark for {sorted(unknown)}; expected {available_ops()}")
+    wanted = environment_for(options.isa, options.malloc)
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        again = [sys.executable, "-m", "benchmarks.bench", *(sys.argv[1:] if argv is None else argv)]
+        os.execve(sys.executable, again, os.environ | wanted)
 
     def report(row: dict) -> None:
         _print_row(row)
         if not options.quick:
             append_csv(row, options.device)
 
-    rows = run(options.ops, options.device, options.quick, report)
+    rows = run(options.ops, options.device, options.quick, report, options.only, options.peers)
+    if options.plot:
+        from benchmarks.plot import plot
+
+        print(plot(rows, options.plot), file=sys.stderr)
     if options.json:
         print(json.dumps(rows))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this program, which are those of `pgolf bench`."""
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"one of {', '.join(available_ops())}; all by default")
+    parser.add_argument("--quick", action="store_true", help="small cases, few rounds, nothing appended to the results")
+    parser.add_argument("--only", default="", metavar="TEXT", help='cases whose shape and dtype contain this: "2048x5"')
+    parser.add_argument("--peers", nargs="+", default=(), metavar="NAME", help='time only these: "torch.compile"')
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios")
+    parser.add_argument("--json", action="store_true", help="print the rows as one JSON list on stdout")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--isa", choices=tuple(PEER_ISA), help="lower both sides to this instruction set (CPU)")
+    parser.add_argument("--malloc", choices=("default", "tuned"), default="default", help="see benchmarks/machine.py")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "common/isa.h"
+#include "common/limits.h"
 #include "slot/slot.h"
 
 namespace py = pybind11;
@@ -34,6 +35,25 @@ void bind_isa(py::module_& m) {
         return features;
       },
       "Which of the features that kernels use this CPU and its OS offer.");
+}
+
+void bind_limits(py::module_& m) {
+  m.def(
+      "peak_operations",
+      [](bool bf16, int threads, const std::string& isa) {
+        py::gil_scoped_release release;
+        return pgolf::peak_operations(dtype(bf16), threads, isa);
+      },
+      py::kw_only(), "bf16"_a, "threads"_a, "isa"_a = "",
+      "Operations per second of matrix products whose operands stay in the first-level caches.");
+  m.def(
+      "read_bandwidth",
+      [](int64_t bytes, int threads, const std::string& isa) {
+        py::gil_scoped_release release;
+        return pgolf::read_bandwidth(bytes, threads, isa);
+      },
+      py::kw_only(), "bytes"_a, "threads"_a, "isa"_a = "",
+      "Bytes per second that threads read, each from `bytes` of its own.");
 }
 
 void bind_slot(py::module_& m) {
@@ -97,5 +117,6 @@ void bind_slot(py::module_& m) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pgolf_kernels on raw pointers.";
   bind_isa(m);
+  bind_limits(m);
   bind_slot(m);
 }

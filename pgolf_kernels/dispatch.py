@@ -5,11 +5,12 @@ Ops register under the `pgolf` namespace through LIBRARY (Library.define/impl: a
 call, and one opaque node for torch.compile).
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,19 @@ class Asked(Exception):
         self.impls, self.arguments = impls, arguments
 
 
+_forced = ["auto"]  # what impl="auto" means, innermost last
+
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Within it impl="auto" means `name` in every op: forced("reference") shows what the kernels are worth."""
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
 def always(*_args) -> None:
     """The `why_not` of a reference: it runs everywhere."""
 
@@ -61,6 +75,7 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
     """
     if name is ASK:
         raise Asked(impls, args)
+    name = _forced[-1] if name == "auto" else name
     skipped = []
     # Nobody expects a GPU kernel on a CPU, or the reverse: such a refusal is no reason to warn.
     on_gpu = any(getattr(getattr(arg, "device", None), "type", None) == "cuda" for arg in args)

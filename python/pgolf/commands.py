@@ -195,3 +195,31 @@ def demo(args: Namespace) -> dict:
     result = run_demo(args.run_dir, args.data, args.preset, args.set, args.device)
     _say(args, result["table"])
     return result
+
+
+def bench(args: Namespace) -> list[dict]:
+    """In a process of its own: benchmarks set allocator and instruction set before Python starts."""
+    import json
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    import pgolf_kernels
+
+    root = Path(pgolf_kernels.__file__).parent.parent
+    if not (root / "benchmarks/bench.py").exists():
+        raise InputError("bench: benchmarks/ is part of the source checkout, not of the wheel; run it from a clone")
+    options = [*args.ops, "--json", "--only", args.only, "--malloc", args.malloc]
+    options += ["--quick"] * args.quick + ["--peers", *args.peers] * bool(args.peers)
+    options += ["--plot", str(Path(args.plot).resolve())] if args.plot else []
+    options += ["--isa", args.isa] if args.isa else []
+    options += ["--device", args.device] if args.device != "auto" else []
+    paths = [str(root), str(root / "python"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    # pgolf's own setting for threads that share their cores; here each side has the machine to itself.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", "benchmarks.bench", *options]
+    finished = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if finished.returncode:
+        raise InputError(f"bench: failed with exit code {finished.returncode}; its message is above")
+    return json.loads(finished.stdout)

@@ -1,0 +1,146 @@
+"""Whole steps, with our kernels against the same step with every op's reference: `python -m benchmarks.bench step`.
+
+    train   forward, backward, clipping, Muon and AdamW on one batch of windows, as the trainer's run_step
+    slot    a batch of sliding windows through the evaluator's per-window SLOT: hidden states, fit and scores
+
+Models are fresh and tokens random, which changes nothing in what a step costs. Learning rates are 0, so every call does
+the same work on the same weights, and the gate can compare the gradients with float64's.
+"""
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench import Case
+from pgolf.config import Config
+from pgolf.model import GPT, activation_dtype
+from pgolf.optimise.gradients import GradientBuffer
+from pgolf.optimise.groups import Optimisers
+from pgolf.presets import PRESETS
+from pgolf.scoring.slot import PerWindowSlot
+from pgolf.scoring.windows import gather_batch, make_windows
+from pgolf_kernels import dispatch
+
+SEQ_LEN, STRIDE = 512, 64
+
+
+def _config(num_layers: int, model_dim: int, num_tokens: int) -> Config:
+    """A GPT of the Parameter Golf family: grouped queries, 3 x wide MLP, vocabulary of 1024."""
+    heads = model_dim // 64
+    return Config(
+        num_layers=num_layers,
+        model_dim=model_dim,
+        num_heads=heads,
+        num_kv_heads=heads // 2,
+        train_seq_len=SEQ_LEN,
+        train_batch_tokens=num_tokens,
+    )
+
+
+def _model(cfg: Config, device: str) -> GPT:
+    """As after some training: projections back into the stream start at zero, and so do gradients behind them."""
+    torch.manual_seed(0)
+    model = GPT(cfg)
+    with torch.no_grad():
+        for bank in (model.qo_bank, model.mlp_down_bank):
+            bank.copy_(torch.randn_like(bank) / bank.shape[-1] ** 0.5)
+    model = model.to(device)
+    model.activation_dtype = activation_dtype(cfg, torch.device(device))
+    return model
+
+
+class TrainStep:
+    """One training step; returns the loss and the gradient of all parameters."""
+
+    def __init__(self, model: GPT, compiled: bool = False):
+        self.model = model
+        self.gradients = GradientBuffer(self.model)
+        self.optimisers = Optimisers(self.model, model.cfg, model.activation_dtype)
+        self.forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self.gradients.zero()
+        loss = self.forward(x, y, "mean")
+        loss.backward()
+        self.gradients.clip(1.0)
+        self.optimisers.step(0.0, 0.95)
+        return loss.detach(), self.gradients.flat.clone()
+
+
+def _exact_step(model: GPT, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    model = copy.deepcopy(model).double()
+    model.activation_dtype = torch.float64
+    with dispatch.forced("reference"):
+        loss = model(x, y, "mean")
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return loss.detach(), gradient * (1 / (gradient.norm() + 1e-6)).clamp(max=1.0)
+
+
+def _reference(call, *inputs):
+    with dispatch.forced("reference"):
+        return call(*inputs)
+
+
+def _train_case(cfg: Config, device: str, quick: bool) -> Case:
+    model = _model(cfg, device)
+    peers = {"reference ops": partial(_reference, TrainStep(copy.deepcopy(model)))}
+    if not quick:
+        peers["reference ops, torch.compile"] = partial(_reference, TrainStep(copy.deepcopy(model), compiled=True))
+    windows = cfg.train_batch_tokens // SEQ_LEN
+    num_parameters = sum(p.numel() for p in model.parameters())
+    banks = [getattr(model, name).shape for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")]
+    orthogonalise = sum(5 * b * (3 * min(m, n) ** 2 * max(m, n) + min(m, n) ** 3) for b, m, n in banks)
+    attend = 6 * cfg.num_layers * cfg.train_batch_tokens * SEQ_LEN * cfg.model_dim  # half of T x T, both products, 3 x
+    return Case(
+        shape=f"train {cfg.num_layers}x{cfg.model_dim} {cfg.train_batch_tokens} tokens",
+        dtype=model.activation_dtype,
+        inputs=lambda: tuple(torch.randint(cfg.vocab_size, (windows, SEQ_LEN), device=device) for _ in range(2)),
+        ours={"auto": TrainStep(copy.deepcopy(model))},
+        peers=peers,
+        exact=partial(_exact_step, model),
+        flops=6 * num_parameters * cfg.train_batch_tokens + orthogonalise + attend,
+        bytes=16 * num_parameters,  # weights, gradients, momentum: read, and the weights written
+    )
+
+
+def _slot_scores(model: GPT, scorer: PerWindowSlot, windows: list, x: Tensor, y: Tensor, scored: Tensor) -> Tensor:
+    with torch.no_grad():
+        return scorer(model, x, y, scored, windows)
+
+
+def _slot_case(cfg: Config, device: str, num_windows: int) -> Case:
+    model = _model(cfg, device).requires_grad_(False)
+    exact = copy.deepcopy(model).double()
+    exact.activation_dtype = torch.float64
+    scorer = PerWindowSlot("bias", "after", 8, 0.06, 128.0)
+    windows = make_windows(SEQ_LEN + (num_windows - 1) * STRIDE, SEQ_LEN, STRIDE)
+    run = partial(_slot_scores, model, scorer, windows)
+
+    def inputs() -> tuple[Tensor, ...]:
+        stream = torch.randint(cfg.vocab_size, (SEQ_LEN + (num_windows - 1) * STRIDE + 1,))
+        return tuple(t.to(device) for t in gather_batch(stream, windows, SEQ_LEN))
+
+    return Case(
+        shape=f"slot {cfg.num_layers}x{cfg.model_dim} {num_windows} windows of {SEQ_LEN}",
+        dtype=model.activation_dtype,
+        inputs=inputs,
+        ours={"auto": run},
+        peers={"reference ops": partial(_reference, run)},
+        exact=partial(_reference, partial(_slot_scores, exact, scorer, windows)),
+        flops=2 * sum(p.numel() for p in model.parameters()) * num_windows * SEQ_LEN,
+        bytes=2 * sum(p.numel() for p in model.parameters()),
+    )
+
+
+def cases(device: str, quick: bool):
+    """A small and the published size, in training; the demo's size in evaluation. --quick takes a tiny model."""
+    if quick:
+        yield _train_case(_config(2, 128, 1024), device, quick)
+        yield _slot_case(_config(2, 128, 1024), device, 2)
+        return
+    tokens = 4096 if device == "cpu" else 98304
+    yield _train_case(_config(6, 256, tokens), device, quick)
+    yield _train_case(_config(11, 512, tokens), device, quick)
+    yield _slot_case(PRESETS["demo"], device, 16 if device == "cpu" else 128)

@@ -1,0 +1,2 @@
+#define PGOLF_ISA amx
+#include "common/limits_body.inl"

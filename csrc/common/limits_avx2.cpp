@@ -1,0 +1,2 @@
+#define PGOLF_ISA avx2
+#include "common/limits_body.inl"

@@ -1,0 +1,2 @@
+#define PGOLF_ISA avx512
+#include "common/limits_body.inl"

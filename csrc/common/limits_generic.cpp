@@ -1,0 +1,2 @@
+#define PGOLF_ISA generic
+#include "common/limits_body.inl"

@@ -1,0 +1,130 @@
+"""The benchmarks: every op's small cases run and their rows have the documented columns; tables match the rows."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench, machine, plot, table, timing
+from pgolf.cli import main as pgolf
+from pgolf_kernels import extension
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = {"op", "shape", "impl", "peer", "ratio_median", "ratio_p20", "ratio_p80", "ms", "limit_fraction"}
+
+
+@pytest.fixture(scope="module")
+def limits():
+    """Invented ones, because measuring takes seconds and is tested apart."""
+    peaks = {torch.float32: 1e11, torch.bfloat16: 1e12}
+    return machine.Limits("cpu", [(1e6, 1e11), (float("inf"), 1e10)], peaks)
+
+
+@pytest.mark.parametrize("op", bench.available_ops())
+def test_small_cases_pass_the_gate_and_give_rows(op, limits, monkeypatch):
+    monkeypatch.setattr(bench, "measure_limits", lambda device: limits)
+    monkeypatch.setattr(bench, "compare_cpu", lambda ours, peers, buffers, quick: [("eager", p, FIXED) for p in peers])
+    rows = bench.run([op], quick=True)
+    assert rows and all(row.keys() >= COLUMNS for row in rows)
+
+
+FIXED = timing.Result([1.5, 2.0, 3.0], ms=2.0, peer_ms=4.0)
+
+
+def test_a_wrong_result_is_not_timed():
+    double = {"call": lambda x: 2 * x}
+    right = bench.Case("2", torch.float32, lambda: (), double, double, lambda x: 2 * x.double(), flops=1, bytes=1)
+    bench.check("op", right, (torch.ones(2),))
+    for wrong in (lambda x: 2.1 * x, lambda x: x * torch.nan, lambda x: x[:1]):
+        case = dataclasses.replace(right, ours={"ours": wrong})
+        with pytest.raises(AssertionError, match="output 0 of 'ours' has relative error"):
+            bench.check("op", case, (torch.ones(2),))
+
+
+def test_limits_use_the_memory_that_holds_the_working_set(limits):
+    assert limits.seconds(1e9, 0, torch.bfloat16, working_set=1) == 1e-3
+    assert limits.seconds(0, 1e6, torch.bfloat16, working_set=1e6) == 1e-5
+    assert limits.seconds(0, 1e6, torch.bfloat16, working_set=2e6) == 1e-4
+
+
+@pytest.mark.skipif(extension.cpu is None, reason="the CPU extension is not built")
+def test_measured_limits_are_in_order():
+    levels = machine.measure_limits("cpu").levels
+    sizes, rates = zip(*levels, strict=True)
+    assert list(sizes) == sorted(sizes) and sizes[-1] == float("inf")
+    assert all(1e8 < rate < 1e14 for rate in rates)
+
+
+def test_another_instruction_set_or_allocator_needs_a_new_process():
+    assert machine.environment_for(None, "default") == {}
+    assert machine.environment_for("avx2", "tuned").keys() == {
+        "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PGOLF_ISA", "GLIBC_TUNABLES",
+    }  # fmt: skip
+    code = (
+        "import torch; from benchmarks.machine import describe_machine as d; m = d('cpu'); print(m['isa'], m['malloc'])"
+    )
+    environment = {**os.environ, **machine.environment_for("generic", "tuned"), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() in (["generic", "tuned"], ["tuned"])  # without the extension there is no level of ours
+
+
+def test_rows_of_another_format_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    bench.append_csv({"op": "x", "shape": "1", "ms": 1.0}, "cpu")
+    bench.append_csv({"op": "x", "shape": "2", "ms": 2.0}, "cpu")
+    with (tmp_path / "x.csv").open() as file:
+        assert [row["shape"] for row in csv.DictReader(file)] == ["1", "2"]
+    with pytest.raises(ValueError, match="has the columns .* move the file away"):
+        bench.append_csv({"op": "x", "other": 3}, "cpu")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="op must be one of .*'step'.* got 'matmul'"):
+        bench.run(["matmul"])
+    assert pgolf(["bench", "matmul", "--quick"]) == 2
+
+
+def test_the_command_prints_one_json_list(capfd):
+    assert pgolf(["bench", "softcapped_cross_entropy", "--quick", "--json", "--peers", "torch eager"]) == 0
+    rows = json.loads(capfd.readouterr().out)
+    assert {row["peer"] for row in rows} == {"torch eager"} and rows[0].keys() >= COLUMNS
+
+
+def test_committed_tables_are_those_of_the_rows():
+    rows = table.newest_rows()
+    readme = (ROOT / "README.md").read_text()
+    assert table.BEGIN.format("cpu") in readme and table.BEGIN.format("gpu") in readme
+    advice = "run `python -m benchmarks.table`"
+    assert table.render(readme, rows) == readme, advice
+    assert (ROOT / "docs/ratios.md").read_text() == table.RATIOS_INTRO + table.full_table(rows).rstrip() + "\n", advice
+
+
+def test_only_the_newest_row_counts_and_the_fastest_peer_is_shown(tmp_path):
+    base = dict.fromkeys(table.SAME, "same") | {"op": "slot", "isa": "", "malloc": "default", "timing": "eager"}
+    base |= {"ratio_p20": 1, "ratio_p80": 2, "ms": 1, "limit_fraction": 0.5, "shape": "a", "dtype": "b", "impl": "cuda"}
+    rows = [
+        base | {"peer": "slow", "ratio_median": 5, "date": "1"},
+        base | {"peer": "fast", "ratio_median": 9, "date": "1"},
+        base | {"peer": "fast", "ratio_median": 3, "date": "2"},
+    ]
+    with (tmp_path / "slot.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = table.gpu_table(table.newest_rows([tmp_path / "slot.csv"])).splitlines()
+    assert lines[2:] == ["| `slot` a | b | cuda | 1 | 3.00x [1.00, 2.00] | fast | 50 % |"]
+
+
+def test_plot_writes_a_picture(tmp_path):
+    row = {"op": "slot", "shape": "1", "dtype": "bfloat16", "impl": "cpu", "peer": "torch"}
+    row |= {"ratio_median": 2.0, "ratio_p20": 1.5, "ratio_p80": 2.5}
+    path = plot.plot([row], tmp_path / "ratios.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot.plot([], tmp_path / "none.png")
