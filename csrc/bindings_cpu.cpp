@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "causal_attention/causal_attention.h"
 #include "common/isa.h"
 #include "common/limits.h"
 #include "slot/slot.h"
@@ -54,6 +55,37 @@ void bind_limits(py::module_& m) {
       },
       py::kw_only(), "bytes"_a, "threads"_a, "isa"_a = "",
       "Bytes per second that threads read, each from `bytes` of its own.");
+}
+
+void bind_causal_attention(py::module_& m) {
+  using namespace pgolf::causal_attention;
+  py::class_<Problem>(m, "CausalAttention")
+      .def(py::init([](std::array<int64_t, 5> sizes, bool bf16, bool exclude_self) {
+             const auto [B, T, H, Hkv, d] = sizes;
+             return Problem{B, T, H, Hkv, d, dtype(bf16), exclude_self};
+           }),
+           py::kw_only(), "sizes"_a, "bf16"_a, "exclude_self"_a)
+      .def(
+          "forward",
+          [](const Problem& p, Address q, Address k, Address v, Address y, Address y_with_self, Address lse,
+             int threads, const std::string& isa) {
+            py::gil_scoped_release release;
+            forward(p, {at<void>(q), at<void>(k), at<void>(v), at<void>(y), at<void>(y_with_self), at<float>(lse)},
+                    threads, isa);
+          },
+          py::kw_only(), "q"_a, "k"_a, "v"_a, "y"_a, "y_with_self"_a, "lse"_a, "threads"_a, "isa"_a = "")
+      .def(
+          "backward",
+          [](const Problem& p, Address q, Address k, Address v, Address dy, Address y_with_self, Address lse,
+             Address dq, Address dk, Address dv, int threads, const std::string& isa) {
+            py::gil_scoped_release release;
+            backward(p,
+                     {at<void>(q), at<void>(k), at<void>(v), at<void>(dy), at<void>(y_with_self), at<float>(lse),
+                      at<void>(dq), at<void>(dk), at<void>(dv)},
+                     threads, isa);
+          },
+          py::kw_only(), "q"_a, "k"_a, "v"_a, "dy"_a, "y_with_self"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a, "threads"_a,
+          "isa"_a = "");
 }
 
 void bind_slot(py::module_& m) {
@@ -118,5 +150,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pgolf_kernels on raw pointers.";
   bind_isa(m);
   bind_limits(m);
+  bind_causal_attention(m);
   bind_slot(m);
 }

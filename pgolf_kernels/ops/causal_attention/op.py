@@ -1,15 +1,64 @@
-"""causal_attention: argument checks and choice of implementation. The maths is in reference.py.
+"""causal_attention: argument checks, choice of implementation, registration, autograd. The maths is in reference.py.
 
-The reference is PyTorch's scaled_dot_product_attention: a flash kernel on GPUs, and on the CPU too (float32, bfloat16,
-float64; with enable_gqa as fast as with repeated heads), so it is no slow fallback.
+The reference is PyTorch's scaled_dot_product_attention, a flash kernel on GPUs. On CPUs its products run at a tenth of
+what the CPU can do, hence a kernel of our own there.
 """
 
+import torch
 from torch import Tensor
 
-from ...dispatch import Impl, always, choose, require
-from . import reference
+from ...dispatch import LIBRARY, Impl, always, choose, require
+from . import cpu, reference
 
-IMPLS = (Impl("reference", reference.forward, always),)
+LIBRARY.define("causal_attention_cpu(Tensor q, Tensor k, Tensor v, bool exclude_self) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    "causal_attention_backward_cpu(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y_with_self, Tensor lse,"
+    " bool exclude_self) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("causal_attention_cpu", cpu.forward, "CPU")
+LIBRARY.impl("causal_attention_backward_cpu", cpu.backward, "CPU")
+
+
+@torch.library.register_fake("pgolf::causal_attention_cpu", lib=LIBRARY)
+def _(q: Tensor, k: Tensor, v: Tensor, exclude_self: bool) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, _d = q.shape
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with_self = torch.empty_like(y) if exclude_self else q.new_empty(0)
+    return y, with_self, q.new_empty(B, H, T, dtype=torch.float32)
+
+
+@torch.library.register_fake("pgolf::causal_attention_backward_cpu", lib=LIBRARY)
+def _(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y_with_self: Tensor, lse: Tensor, exclude_self: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, ctx.exclude_self = inputs
+    y, with_self, lse = output
+    ctx.mark_non_differentiable(with_self, lse)
+    ctx.set_materialize_grads(False)  # or zero gradients of the saved tensors would be allocated and filled
+    ctx.save_for_backward(q, k, v, with_self if ctx.exclude_self else y, lse)
+
+
+def _backward(ctx, dy: Tensor | None, _with_self, _lse):
+    if dy is None:
+        return None, None, None, None
+    return *torch.ops.pgolf.causal_attention_backward_cpu(dy, *ctx.saved_tensors, ctx.exclude_self), None
+
+
+torch.library.register_autograd("pgolf::causal_attention_cpu", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, exclude_self: bool) -> Tensor:
+    return torch.ops.pgolf.causal_attention_cpu(q, k, v, exclude_self)[0]
+
+
+IMPLS = (  # fastest first; the last always runs
+    Impl("cpu", _cpu, cpu.why_not),
+    Impl("reference", reference.forward, always),
+)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

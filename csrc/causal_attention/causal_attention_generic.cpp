@@ -1,0 +1,2 @@
+#define PGOLF_ISA generic
+#include "causal_attention/causal_attention_body.inl"
