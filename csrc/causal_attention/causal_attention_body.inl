@@ -98,10 +98,10 @@ PGOLF_INLINE void store_row(T* out, const float* x, int64_t n) {
   for (; i < n; ++i) store_one(out + i, x[i]);
 }
 
-// 2^x for x <= 0, 0 below 2^-126; NaN stays.
+// 2^x for x <= 0, 0 below 2^-126; NaN stays. Lanes that are masked afterwards may hold any x.
 template <class T>
 PGOLF_INLINE vf weight_of(vf x) {
-  return exp2<std::is_same_v<T, float>>(max(splat(-126.0f), x), 1);
+  return exp2<std::is_same_v<T, float>>(min(splat(0.0f), max(splat(-126.0f), x)), 1);
 }
 
 // ---- forward
