@@ -7,6 +7,7 @@
 #include "common/isa.h"
 #include "common/limits.h"
 #include "slot/slot.h"
+#include "softcapped_cross_entropy/softcapped_cross_entropy.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -88,6 +89,23 @@ void bind_causal_attention(py::module_& m) {
           "isa"_a = "");
 }
 
+void bind_softcapped_cross_entropy(py::module_& m) {
+  using namespace pgolf::softcapped_cross_entropy;
+  m.def(
+      "softcapped_cross_entropy",
+      [](Address hidden, Address weight, Address targets, std::array<int64_t, 3> sizes, bool bf16, float softcap,
+         int64_t ignore_index, float row_weight, Address losses, Address dlogits, int64_t pitch, int threads,
+         const std::string& isa) {
+        py::gil_scoped_release release;
+        const auto [T, D, V] = sizes;
+        loss_and_grad({at<void>(hidden), at<void>(weight), at<int64_t>(targets), T, D, V, dtype(bf16), softcap,
+                       ignore_index, row_weight},
+                      {at<float>(losses), at<void>(dlogits), pitch}, threads, isa);
+      },
+      py::kw_only(), "hidden"_a, "weight"_a, "targets"_a, "sizes"_a, "bf16"_a, "softcap"_a, "ignore_index"_a,
+      "row_weight"_a, "losses"_a, "dlogits"_a, "pitch"_a, "threads"_a, "isa"_a = "");
+}
+
 void bind_slot(py::module_& m) {
   using namespace pgolf::slot;
   const auto problem = [](Address hidden, Address weight, Address targets, std::array<int64_t, 4> sizes, bool bf16,
@@ -151,5 +169,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_isa(m);
   bind_limits(m);
   bind_causal_attention(m);
+  bind_softcapped_cross_entropy(m);
   bind_slot(m);
 }

@@ -30,7 +30,9 @@ def _shapes(device, quick):
         return [(256, 64, 320, torch.bfloat16)]
     if device == "cuda":
         return [(98304, 512, V, torch.bfloat16) for V in (1024, 4096, 8192)]
-    return [(1024, 512, 1024, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return [
+        (4096, 512, V, dtype) for V, dtype in ((1024, torch.bfloat16), (4096, torch.bfloat16), (1024, torch.float32))
+    ]
 
 
 def _inputs(T, D, V, dtype, device):

@@ -72,6 +72,7 @@ PGOLF_INLINE void store(bf16* p, vf x) {
   memcpy(p, &narrow, sizeof narrow);
 }
 #endif
+// max and min return their second argument where either one is NaN.
 #if defined(__AVX512F__)
 PGOLF_INLINE vf load(const half* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 PGOLF_INLINE void store(half* p, vf x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0)); }
@@ -157,7 +158,7 @@ PGOLF_INLINE vf exp2(vf x, float k) {
 // tanh(y) to 1e-7: y + y^3 P(y^2) up to 0.625, 1 - 2 / (exp(2 |y|) + 1) beyond.
 PGOLF_INLINE vf exact_tanh(vf y) {
   const vi sign = (vi)y & (vi)splat(-0.0f);
-  const vf size = min((vf)((vi)y ^ sign), splat(10.0f)), t = size * size;
+  const vf size = min(splat(10.0f), (vf)((vi)y ^ sign)), t = size * size;
   vf p = t * -5.71704215e-3f + 2.06505845e-2f;
   p = p * t - 5.37434971e-2f;
   p = p * t + 1.33314913e-1f;
@@ -169,7 +170,7 @@ PGOLF_INLINE vf exact_tanh(vf y) {
 
 // tanh(y) to 1.2e-5, reached where |y| > 6; to 1e-6 below that. A minimax rational function: half the work.
 PGOLF_INLINE vf rough_tanh(vf y) {
-  y = max(min(y, splat(6.0f)), splat(-6.0f));
+  y = max(splat(-6.0f), min(splat(6.0f), y));
   const vf t = y * y;
   vf p = t * 4.50662586e-6f + 2.39122973e-3f;
   p = p * t + 1.24265763e-1f;

@@ -1,8 +1,9 @@
 """softcapped_cross_entropy: argument checks, choice of implementation, registration, autograd. Maths: reference.py.
 
-Two registered ops carry the Triton sweep. `kept` holds d(logits) for backward, where dhidden and dweight are products
-that the compiler sees. `chunked` computes dhidden and dweight in the forward, one block of rows after the other, so
-that logits exist for one block only; it also serves evaluation. Both write the gradient for an incoming gradient of 1.
+`kept` ops, one in Triton and one in C++, hold d(logits) for backward, where dhidden and dweight are products that the
+compiler sees. `chunked`, Triton's for large heads, computes dhidden and dweight in the forward, one block of rows after
+the other, so that logits exist for one block only; it also serves evaluation. All write the gradient for an incoming
+gradient of 1.
 """
 
 import math
@@ -10,11 +11,12 @@ import math
 import torch
 from torch import Tensor
 
+from ... import extension
 from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, why_not_triton
-from . import reference
+from . import cpu, reference
 
 OP = "softcapped_cross_entropy"
-MAX_SOFTCAP = 40.0  # exp(-2 softcap) stays a normal float32, which is what spares the maximum
+MAX_SOFTCAP = 40.0  # exp(-2 softcap) stays a normal float32, which is what spares the kernels the maximum
 KEPT_LOGITS = 2**28  # 512 MiB: up to here backward keeps d(logits), beyond it the forward works in chunks
 CHUNK_LOGITS = 2**27
 
@@ -36,13 +38,36 @@ def _why_not_triton(
     return None
 
 
+def _why_not_cpu(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, ignore_index: int, reduction: str
+) -> str | None:
+    dtype = _compute_dtype(hidden)
+    if any(t.device.type != "cpu" for t in (hidden, weight, targets)) or dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ kernel computes in float32 or bfloat16 on the CPU, got {dtype} on {hidden.device}"
+    if softcap > MAX_SOFTCAP:
+        return f"the C++ kernel needs softcap <= {MAX_SOFTCAP}, got {softcap}"
+    return extension.WHY_NOT_CPU
+
+
+def _matrices(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """hidden [T, D], weight and targets [T] as the kernels take them, and whether a gradient is wanted."""
+    dtype, T = _compute_dtype(hidden), targets.numel()
+    h = hidden.reshape(T, weight.shape[1]).to(dtype).contiguous()
+    w, y = weight.to(dtype).contiguous(), targets.reshape(T).contiguous()
+    return h, w, y, torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
+
+
+def _cpu(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, ignore_index: int, reduction: str) -> Tensor:
+    h, w, y, needs_grad = _matrices(hidden, weight, targets)
+    loss, _ = torch.ops.pgolf.softcapped_ce_kept_cpu(h, w, y, softcap, ignore_index, reduction, needs_grad)
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
 def _triton(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, ignore_index: int, reduction: str
 ) -> Tensor:
-    dtype, T, V = _compute_dtype(hidden), targets.numel(), weight.shape[0]
-    h = hidden.reshape(T, weight.shape[1]).to(dtype).contiguous()
-    w, y = weight.to(dtype).contiguous(), targets.reshape(T).contiguous()
-    needs_grad = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
+    h, w, y, needs_grad = _matrices(hidden, weight, targets)
+    T, V = h.shape[0], w.shape[0]
     if needs_grad and (reduction == "none" or T * V <= KEPT_LOGITS):
         loss, _ = torch.ops.pgolf.softcapped_ce_kept(h, w, y, softcap, ignore_index, reduction)
     else:
@@ -53,6 +78,7 @@ def _triton(
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor targets, float softcap, int ignore_index, str reduction"
 LIBRARY.define(f"softcapped_ce_kept({_HEAD}) -> (Tensor, Tensor)")
+LIBRARY.define(f"softcapped_ce_kept_cpu({_HEAD}, bool needs_grad) -> (Tensor, Tensor)")
 LIBRARY.define(f"softcapped_ce_chunked({_HEAD}, bool needs_dhidden, bool needs_dweight) -> (Tensor, Tensor, Tensor)")
 
 
@@ -108,6 +134,17 @@ def _chunked(
     return _reduce(losses, row_weight, reduction), dhidden, dweight.to(weight.dtype)
 
 
+def _kept_cpu(hidden, weight, targets, softcap, ignore_index, reduction, needs_grad) -> tuple[Tensor, Tensor]:
+    losses = hidden.new_empty(len(targets), dtype=torch.float32)
+    row_weight = _row_weight(targets, ignore_index, reduction)
+    dlogits = _empty_logits(hidden, len(targets) if needs_grad else 0, len(weight))
+    if len(targets):
+        kept = dlogits if needs_grad else None
+        cpu.loss_and_grad(hidden, weight, targets, losses, kept, softcap, ignore_index, row_weight.item())
+    return _reduce(losses, row_weight, reduction), dlogits
+
+
+LIBRARY.impl("softcapped_ce_kept_cpu", _kept_cpu, "CPU")
 for _device in ("CUDA", *("CPU",) * TRITON_INTERPRETED):
     LIBRARY.impl("softcapped_ce_kept", _kept, _device)
     LIBRARY.impl("softcapped_ce_chunked", _chunked, _device)
@@ -122,6 +159,12 @@ def _(hidden, weight, targets, softcap, ignore_index, reduction):
     return _empty_loss(targets, reduction), _empty_logits(hidden, hidden.shape[0], weight.shape[0])
 
 
+@torch.library.register_fake("pgolf::softcapped_ce_kept_cpu", lib=LIBRARY)
+def _(hidden, weight, targets, softcap, ignore_index, reduction, needs_grad):
+    logits = _empty_logits(hidden, hidden.shape[0] if needs_grad else 0, weight.shape[0])
+    return _empty_loss(targets, reduction), logits
+
+
 @torch.library.register_fake("pgolf::softcapped_ce_chunked", lib=LIBRARY)
 def _(hidden, weight, targets, softcap, ignore_index, reduction, needs_dhidden, needs_dweight):
     dhidden = torch.empty_like(hidden) if needs_dhidden else hidden.new_empty(0)
@@ -131,7 +174,7 @@ def _(hidden, weight, targets, softcap, ignore_index, reduction, needs_dhidden, 
 
 def _setup_kept(ctx, inputs, output) -> None:
     hidden, weight = inputs[:2]
-    ctx.reduction = inputs[5]
+    ctx.reduction, ctx.num_inputs = inputs[5], len(inputs)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or a zero gradient of the logits' size would be allocated and filled
     ctx.save_for_backward(hidden, weight, output[1])
@@ -139,7 +182,7 @@ def _setup_kept(ctx, inputs, output) -> None:
 
 def _backward_kept(ctx, dloss: Tensor | None, _dlogits):
     if dloss is None:
-        return (None,) * 6
+        return (None,) * ctx.num_inputs
     hidden, weight, dlogits = ctx.saved_tensors
     needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
     dtype = hidden.dtype
@@ -150,7 +193,7 @@ def _backward_kept(ctx, dloss: Tensor | None, _dlogits):
     else:  # dloss is nearly always a power of two (1, a loss scale, 1 / num_accumulated), so weight * dloss is exact
         dhidden = dlogits @ (weight * dloss) if needs_dhidden else None
         dweight = (dlogits.T @ hidden) * dloss if needs_dweight else None
-    return dhidden, dweight, None, None, None, None
+    return dhidden, dweight, *(None,) * (ctx.num_inputs - 2)
 
 
 def _setup_chunked(ctx, inputs, output) -> None:
@@ -170,10 +213,12 @@ def _backward_chunked(ctx, dloss: Tensor | None, _dhidden, _dweight):
 
 _AUTOGRAD = torch.library.register_autograd
 _AUTOGRAD("pgolf::softcapped_ce_kept", _backward_kept, setup_context=_setup_kept, lib=LIBRARY)
+_AUTOGRAD("pgolf::softcapped_ce_kept_cpu", _backward_kept, setup_context=_setup_kept, lib=LIBRARY)
 _AUTOGRAD("pgolf::softcapped_ce_chunked", _backward_chunked, setup_context=_setup_chunked, lib=LIBRARY)
 
 IMPLS = (  # fastest first; the last always runs
     Impl("triton", _triton, _why_not_triton),
+    Impl("cpu", _cpu, _why_not_cpu),
     Impl("reference", reference.forward, always),
 )
 
