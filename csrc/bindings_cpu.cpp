@@ -6,6 +6,8 @@
 #include "causal_attention/causal_attention.h"
 #include "common/isa.h"
 #include "common/limits.h"
+#include "leaky_relu2_mlp/leaky_relu2_mlp.h"
+#include "newton_schulz/newton_schulz.h"
 #include "slot/slot.h"
 #include "softcapped_cross_entropy/softcapped_cross_entropy.h"
 
@@ -106,6 +108,65 @@ void bind_softcapped_cross_entropy(py::module_& m) {
       "row_weight"_a, "losses"_a, "dlogits"_a, "pitch"_a, "threads"_a, "isa"_a = "");
 }
 
+void bind_leaky_relu2_mlp(py::module_& m) {
+  using namespace pgolf::leaky_relu2_mlp;
+  const auto problem = [](Address x, Address w_up, Address w_down, std::array<int64_t, 3> sizes, bool bf16,
+                          float negative_slope, int threads, const std::string& isa) {
+    const auto [M, D, H] = sizes;
+    return Problem{at<void>(x), at<void>(w_up), at<void>(w_down), M, D, H, dtype(bf16), negative_slope, threads, isa};
+  };
+  py::class_<Problem>(m, "MlpProblem")
+      .def(py::init(problem), py::kw_only(), "x"_a, "w_up"_a, "w_down"_a, "sizes"_a, "bf16"_a, "negative_slope"_a,
+           "threads"_a, "isa"_a = "");
+  m.def(
+      "mlp_packed_bytes",
+      [](int64_t rows, int64_t columns, bool bf16, const std::string& isa) {
+        return packed_bytes(rows, columns, dtype(bf16), isa);
+      },
+      "rows"_a, "columns"_a, py::kw_only(), "bf16"_a, "isa"_a = "");
+  m.def(
+      "mlp_pack",
+      [](Address weight, int64_t rows, int64_t columns, bool bf16, int threads, const std::string& isa, Address out) {
+        py::gil_scoped_release release;
+        pack(at<void>(weight), rows, columns, dtype(bf16), threads, isa, at<void>(out));
+      },
+      py::kw_only(), "weight"_a, "rows"_a, "columns"_a, "bf16"_a, "threads"_a, "isa"_a = "", "out"_a);
+  m.def(
+      "mlp_forward",
+      [](const Problem& p, Address packed_up, Address packed_down, Address y, Address a) {
+        py::gil_scoped_release release;
+        forward(p, at<void>(packed_up), at<void>(packed_down), at<void>(y), at<void>(a));
+      },
+      py::arg(), py::kw_only(), "packed_up"_a = 0, "packed_down"_a = 0, "y"_a, "a"_a = 0);
+  m.def(
+      "mlp_backward",
+      [](const Problem& p, Address dy, Address a, Address dx, Address dw_up, Address dw_down) {
+        py::gil_scoped_release release;
+        backward(p, at<void>(dy), at<void>(a), at<void>(dx), at<void>(dw_up), at<void>(dw_down));
+      },
+      py::arg(), py::kw_only(), "dy"_a, "a"_a, "dx"_a = 0, "dw_up"_a = 0, "dw_down"_a = 0);
+  m.def(
+      "mlp_fingerprint", [](Address data, int64_t bytes) { return fingerprint(at<void>(data), bytes); },
+      "A hash of 64 of the array's cache lines.");
+}
+
+void bind_newton_schulz(py::module_& m) {
+  m.def(
+      "newton_schulz",
+      [](Address g, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides, bool lines_are_rows, bool g_bf16,
+         Address out, bool bf16, std::vector<std::array<double, 3>> steps, std::vector<int64_t> blocks,
+         bool row_normalize, double eps, int threads, const std::string& isa) {
+        py::gil_scoped_release release;
+        const auto [matrices, rows, columns] = sizes;
+        const auto [matrix_stride, line_stride] = strides;
+        pgolf::newton_schulz::run({at<void>(g), matrices, rows, columns, matrix_stride, line_stride, lines_are_rows,
+                                   dtype(g_bf16), at<void>(out), dtype(bf16), std::move(steps), std::move(blocks),
+                                   row_normalize, eps, threads, isa});
+      },
+      py::arg(), py::kw_only(), "sizes"_a, "strides"_a, "lines_are_rows"_a, "g_bf16"_a, "out"_a, "bf16"_a, "steps"_a,
+      "blocks"_a, "row_normalize"_a, "eps"_a, "threads"_a, "isa"_a = "");
+}
+
 void bind_slot(py::module_& m) {
   using namespace pgolf::slot;
   const auto problem = [](Address hidden, Address weight, Address targets, std::array<int64_t, 4> sizes, bool bf16,
@@ -170,5 +231,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_limits(m);
   bind_causal_attention(m);
   bind_softcapped_cross_entropy(m);
+  bind_leaky_relu2_mlp(m);
+  bind_newton_schulz(m);
   bind_slot(m);
 }

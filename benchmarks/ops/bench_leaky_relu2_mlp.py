@@ -1,6 +1,7 @@
 """The MLP of a 512-wide GPT, forward and forward + backward, against the same formula in eager and compiled PyTorch.
 
-The limit counts the products alone (2 of them forward, 6 in all) and each of x, the weights and y once.
+On a CPU inference also meets torch.compile with frozen weights, which packs them once as ours does; training packs them
+in every call. The limit counts the products alone (2 of them forward, 6 in all) and each of x, the weights and y once.
 """
 
 from functools import partial
@@ -29,13 +30,35 @@ def _eager(x, w_up, w_down):
     return reference.forward(x, w_up, w_down, SLOPE)
 
 
+class _FrozenMLP(torch.nn.Module):
+    def __init__(self, w_up, w_down):
+        super().__init__()
+        self.w_up, self.w_down = (torch.nn.Parameter(w, requires_grad=False) for w in (w_up, w_down))
+
+    def forward(self, x):
+        return _eager(x, self.w_up, self.w_down)
+
+
+def _frozen():
+    """torch.compile with frozen weights: a graph of its own for each weight it meets."""
+    graphs = {}
+
+    def forward(x, w_up, w_down):
+        with torch._dynamo.config.patch(recompile_limit=64), torch._inductor.config.patch(freezing=True):
+            if w_up.data_ptr() not in graphs:
+                graphs[w_up.data_ptr()] = torch.compile(_FrozenMLP(w_up, w_down), dynamic=False)
+            return graphs[w_up.data_ptr()](x)
+
+    return forward
+
+
 def _shapes(device, quick):
     """(M, D, H, dtype): eight-GPU share of a 786,432-token batch, or what a CPU does in milliseconds."""
     if quick:
         return [(256, 64, 192, torch.bfloat16)]
     if device == "cuda":
         return [(98304, 512, H, torch.bfloat16) for H in (1536, 2048)]
-    return [(2048, 512, 1536, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return [(M, 512, 1536, dtype) for M in (2048, 16384) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def _inputs(M, D, H, dtype, device):
@@ -52,13 +75,14 @@ def cases(device, quick):
         peers = {"torch eager": _eager}
         if not quick:
             peers["torch.compile"] = torch.compile(_eager, dynamic=False)
-        for what, run, num_products in (("fwd", _infer, 2), ("fwd+bwd", _train, 6)):
+        inference = peers | ({"torch.compile frozen": _frozen()} if device == "cpu" and not quick else {})
+        for what, run, num_products, rivals in (("fwd", _infer, 2, inference), ("fwd+bwd", _train, 6, peers)):
             yield Case(
                 shape=f"{what} {M}x{D}x{H}",
                 dtype=dtype,
                 inputs=partial(_inputs, M, D, H, dtype, device),
                 ours={name: partial(run, partial(leaky_relu2_mlp, impl=name)) for name in able[:-1] or able},
-                peers={name: partial(run, forward) for name, forward in peers.items()},
+                peers={name: partial(run, forward) for name, forward in rivals.items()},
                 exact=lambda *tensors, run=run: run(_eager, *(t.double() for t in tensors)),
                 flops=num_products * 2 * M * D * H,
                 bytes=(2 * M * D + 2 * D * H) * dtype.itemsize * num_products // 2,

@@ -47,7 +47,7 @@ inline std::vector<Feature> detect_features() {
 #endif
   const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6;
 #if defined(PGOLF_EMULATE_AMX)
-  l7d |= 7u << 22, saved |= 0x60000;  // amx.h brings tiles of its own
+  l7d |= 0xdu << 22, saved |= 0x60000;  // amx.h brings tiles of its own
 #endif
   bool tiles = (saved & 0x60000) == 0x60000 && (l7d >> 24 & 1);
 #if defined(__linux__) && PGOLF_X86 && !defined(PGOLF_EMULATE_AMX)

@@ -45,9 +45,10 @@ constexpr int64_t kDepthStep = kTiles<T>   ? 32
                                            : 1;
 template <class T>
 constexpr int64_t kPerWord = kPairs<T> ? 2 : 1;
-// Depth of a panel that stays in the first-level cache: 32 KB.
+// Depth of a panel that stays in the first-level cache: 32 KB; half of it in float32, where the length of a sum decides
+// the result's error: sums of 128 are as exact as MKL's, sums of 256 lose a fifth and gain 2 %.
 template <class T>
-constexpr int64_t kChunk = kPairs<T> ? 512 : 256;
+constexpr int64_t kChunk = kPairs<T> ? 512 : 128;
 
 PGOLF_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 

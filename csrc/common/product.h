@@ -25,51 +25,52 @@ PGOLF_INLINE void multiply_add(vf& acc, uint32_t a, vi b) {
 }
 #endif
 
-// c [kBlockRows][kPanel] = a b, or += (ADD), over n words of depth; meanwhile(0 .. kSteps - 1) is called before c is
-// touched.
-template <class T, bool ADD, class Meanwhile>
-PGOLF_INLINE void multiply_vectors(const Element<T>* a, int64_t pitch, const Word<T>* b, int64_t n, float* c,
-                                   const Meanwhile& meanwhile) {
+// c [kBlockRows][kPanel] = a b, or += (ADD), over n words of depth. Sums start at 0 and join c at the end: none is
+// longer than a chunk, and its length decides its error. A function of its own: inlined, it spills sums in every step
+// where a caller's constants hold registers too, a fifth of the speed.
+template <class T, bool ADD, int VECTORS>
+__attribute__((noinline)) static void multiply_vectors(const Element<T>* a, int64_t pitch, const Word<T>* b, int64_t n,
+                                                       float* c) {
   constexpr int kRows = kBlockRows<T>;
   using Vector = std::conditional_t<kPairs<T>, vi, vf>;
-  for (int s = 0; s < kSteps; ++s) meanwhile(s);
-  vf acc[kRows][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    acc[r][0] = ADD ? load(c + r * kPanel) : splat(0);
-    acc[r][1] = ADD ? load(c + r * kPanel + kLanes) : splat(0);
-  }
+  vf acc[kRows][VECTORS];
+#pragma GCC unroll 32
+  for (int i = 0; i < kRows * VECTORS; ++i) acc[i / VECTORS][i % VECTORS] = splat(0);
   // Every fourth row's address; x86 reaches the three between by scaling the pitch.
   const char* row[(kRows + 3) / 4];
   const int64_t bytes = pitch * sizeof(Element<T>);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; r += 4) row[r / 4] = (const char*)a + r * bytes;
   for (int64_t k = 0; k < n; ++k, b += kPanel) {
-    const Vector left = read<Vector>(b), right = read<Vector>(b + kLanes);
+    Vector columns[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) columns[v] = read<Vector>(b + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Word<T> w = read<Word<T>>(row[r / 4] + (r % 4) * bytes + k * sizeof(Word<T>));
-      multiply_add(acc[r][0], w, left);
-      multiply_add(acc[r][1], w, right);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) multiply_add(acc[r][v], w, columns[v]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    store(c + r * kPanel, acc[r][0]);
-    store(c + r * kPanel + kLanes, acc[r][1]);
+#pragma GCC unroll 32
+  for (int i = 0; i < kRows * VECTORS; ++i) {
+    float* out = c + i / VECTORS * kPanel + i % VECTORS * kLanes;
+    const vf sum = acc[i / VECTORS][i % VECTORS];
+    store(out, ADD ? load(out) + sum : sum);
   }
 }
 
 #if PGOLF_TILES
-// The same in 2 x 2 tiles of 16 x 16 sums; n is a multiple of 16.
-template <bool ADD, class Meanwhile>
+// The same in 2 x 2 tiles of 16 x 16 sums, which go on from c, with meanwhile in between; n is a multiple of 16.
+template <bool ADD, int VECTORS, class Meanwhile>
 PGOLF_INLINE void multiply_tiles(const bf16* a, int64_t pitch, const uint32_t* b, int64_t n, float* c,
                                  const Meanwhile& meanwhile) {
   constexpr int64_t kRow = kPanel * 4;  // bytes of a row of b or c
+  constexpr bool kBoth = VECTORS == 2;
   const int64_t bytes = pitch * 2;
   if (ADD) {
-    tile_load<0>(c, kRow), tile_load<1>(c + 16, kRow);
-    tile_load<2>(c + 16 * kPanel, kRow), tile_load<3>(c + 16 * kPanel + 16, kRow);
+    tile_load<0>(c, kRow), tile_load<2>(c + 16 * kPanel, kRow);
+    if (kBoth) tile_load<1>(c + 16, kRow), tile_load<3>(c + 16 * kPanel + 16, kRow);
   } else {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
   }
@@ -79,26 +80,30 @@ PGOLF_INLINE void multiply_tiles(const bf16* a, int64_t pitch, const uint32_t* b
     tile_stream<4>(a, bytes);
     tile_load<6>(b, kRow);
     tile_multiply_bf16<0, 4, 6>();
-    tile_load<7>(b + 16, kRow);
-    tile_multiply_bf16<1, 4, 7>();
+    if (kBoth) {
+      tile_load<7>(b + 16, kRow);
+      tile_multiply_bf16<1, 4, 7>();
+    }
     tile_stream<5>(a + 16 * pitch, bytes);
     tile_multiply_bf16<2, 5, 6>();
-    tile_multiply_bf16<3, 5, 7>();
+    if (kBoth) tile_multiply_bf16<3, 5, 7>();
     if (step < kSteps) meanwhile(step++);
   }
   while (step < kSteps) meanwhile(step++);
-  tile_store<0>(c, kRow), tile_store<1>(c + 16, kRow);
-  tile_store<2>(c + 16 * kPanel, kRow), tile_store<3>(c + 16 * kPanel + 16, kRow);
+  tile_store<0>(c, kRow), tile_store<2>(c + 16 * kPanel, kRow);
+  if (kBoth) tile_store<1>(c + 16, kRow), tile_store<3>(c + 16 * kPanel + 16, kRow);
 }
 #endif
 
-template <class T, bool ADD, class Meanwhile>
+// c = a b, or += (ADD), and meanwhile(0 .. kSteps - 1) before c is touched.
+template <class T, bool ADD, int VECTORS = 2, class Meanwhile>
 PGOLF_INLINE void multiply(const Element<T>* a, int64_t pitch, const Word<T>* b, int64_t n, float* c,
                            const Meanwhile& meanwhile) {
 #if PGOLF_TILES
-  if constexpr (kTiles<T>) return multiply_tiles<ADD>(a, pitch, b, n, c, meanwhile);
+  if constexpr (kTiles<T>) return multiply_tiles<ADD, VECTORS>(a, pitch, b, n, c, meanwhile);
 #endif
-  multiply_vectors<T, ADD>(a, pitch, b, n, c, meanwhile);
+  for (int step = 0; step < kSteps; ++step) meanwhile(step);
+  multiply_vectors<T, ADD, VECTORS>(a, pitch, b, n, c);
 }
 
 // Floats of working memory for a product of `rows` rows: the sums of one panel.
@@ -113,7 +118,10 @@ PGOLF_INLINE int64_t sums_size(int64_t rows) {
 // panel(p, k, n): the address of words [k, k + n) of panel p, valid until its next call; it may pack them just then.
 // Blocks of rows begin at from(p), so left needs kBlockRows - 1 rows of storage beyond the last one. emit runs late, a
 // block behind, but always before panel(p + 1, ...) of the panel after the next is asked for.
-template <class T, class Panel, class From, class Emit>
+//
+// VECTORS = 1: only the first kLanes columns of the panels are wanted, and c holds no others; about half the time with
+// 16 lanes.
+template <class T, int VECTORS = 2, class Panel, class From, class Emit>
 PGOLF_INLINE void product(const Left<T>& left, int64_t depth, int64_t first, int64_t last, float* sums,
                           const From& from, const Panel& panel, const Emit& emit) {
   constexpr int kRows = kBlockRows<T>, kRowsPerStep = (kRows + kSteps - 1) / kSteps;
@@ -144,8 +152,8 @@ PGOLF_INLINE void product(const Left<T>& left, int64_t depth, int64_t first, int
         const int64_t row = start + m * kRows;
         const Element<T>* a = left.data + row * left.pitch + k * kPerWord<T>;
         float* c = n > chunk ? sums + m * kRows * kPanel : sums;
-        k ? multiply<T, true>(a, left.pitch, b, count, c, meanwhile)
-          : multiply<T, false>(a, left.pitch, b, count, c, meanwhile);
+        k ? multiply<T, true, VECTORS>(a, left.pitch, b, count, c, meanwhile)
+          : multiply<T, false, VECTORS>(a, left.pitch, b, count, c, meanwhile);
         ready.count = 0;
         if (k + count == n) ready = {row, left.rows - row < kRows ? left.rows - row : kRows, p, c};
       }

@@ -1,12 +1,11 @@
 // The loops of slot_kernels.h, compiled once per instruction set by slot_<isa>.cpp, which defines PGOLF_ISA.
 //
-// The surprise is what bounds them: at about 18 vector instructions per 16 logits a sweep is arithmetic, not memory, so
-// it neither blocks for a cache nor fuses two steps; it reads half-precision storage to save instructions elsewhere.
+// The surprise is what bounds them: at about 20 vector instructions per 16 logits a sweep is arithmetic, not memory, so
+// it neither blocks for a cache nor fuses two steps; what counts is that the CPU always finds an instruction to start.
 #include <math.h>
 
-#include <type_traits>
-
-#include "common/simd.h"
+#include "common/product.h"
+#include "common/several.h"
 #include "slot/slot_kernels.h"
 
 namespace pgolf::slot::PGOLF_ISA {
@@ -14,243 +13,212 @@ namespace {
 
 using namespace pgolf::PGOLF_ISA;
 
-// Registers of the product's inner tile: kTileRows x 2 accumulators, 2 columns' vectors, the rest for addresses.
-constexpr int kTileRows = kLanes == 16 ? 14 : 6;
-constexpr int64_t kPanel = 2 * kLanes;
-constexpr int64_t kBlockRows = 8 * kTileRows;  // packed rows x D floats stay in L2
+// Whole blocks of about 256 rows: as left operand they stay in L2, and the weight is read once for all of them.
+template <class T>
+constexpr int64_t kFreezeRows = 256 / kBlockRows<T> * kBlockRows<T>;
 static_assert(kColumnMultiple % kPanel == 0, "a row of the base is whole panels");
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 template <class T>
 PGOLF_INLINE const T* row(const Rows& rows, int64_t i, int64_t D) {
   return (const T*)rows.hidden + (int64_t)rows.index[i] * D;
 }
 
-// The product runs on 32-bit words: a float, or two bfloat16 of neighbouring depth where the CPU multiplies such pairs.
-#if defined(__AVX512BF16__)
-template <class T>
-constexpr bool kPairs = sizeof(T) == 2;
-#else
-template <class T>
-constexpr bool kPairs = false;
-#endif
-template <class T>
-using Word = std::conditional_t<kPairs<T>, uint32_t, float>;
-
-template <class T>
-PGOLF_INLINE int64_t depth(int64_t D) {
-  return kPairs<T> ? (D + 1) / 2 : D;
-}
-
-// Word k of a row of D elements.
-template <class T>
-PGOLF_INLINE Word<T> word(const T* row, int64_t k, int64_t D) {
-  if constexpr (kPairs<T>) {
-    return row[2 * k].bits | uint32_t(2 * k + 1 < D ? row[2 * k + 1].bits : 0) << 16;
-  } else {
-    return load_one(row + k);
-  }
-}
-
-template <class T>
-void pack_as(const Head& head, int64_t p, Word<T>* out) {
-  const T* w = (const T*)head.weight + p * kPanel * head.D;
-  const int64_t columns = head.V - p * kPanel < kPanel ? head.V - p * kPanel : kPanel;
-  for (int64_t j = 0; j < kPanel; ++j)
-    for (int64_t k = 0; k < depth<T>(head.D); ++k)
-      out[k * kPanel + j] = j < columns ? word(w + j * head.D, k, head.D) : Word<T>(0);
-}
-
-// kTileRows rows, starting at `first`, as [depth][kTileRows]; rows from n on are zeros.
-template <class T>
-void pack_tile(const Head& head, const Rows& rows, int64_t first, Word<T>* out) {
-  for (int r = 0; r < kTileRows; ++r) {
-    const bool inside = first + r < rows.n;
-    const T* h = row<T>(rows, inside ? first + r : 0, head.D);
-    for (int64_t k = 0; k < depth<T>(head.D); ++k) out[k * kTileRows + r] = inside ? word(h, k, head.D) : Word<T>(0);
-  }
-}
-
-PGOLF_INLINE void multiply_add(vf& acc, float a, vf b) { acc += a * b; }
-#if defined(__AVX512BF16__)
-PGOLF_INLINE void multiply_add(vf& acc, uint32_t a, vi b) {
-  acc = (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-}
-#endif
-
-template <class W>
-PGOLF_INLINE void multiply(const W* a, const W* b, int64_t depth, vf (&acc)[kTileRows][2]) {
-  using Vector = std::conditional_t<std::is_same_v<W, float>, vf, vi>;
-#pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = splat(0.0f);
-  for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kPanel) {
-    const Vector left = read<Vector>(b), right = read<Vector>(b + kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) {
-      multiply_add(acc[r][0], a[r], left);
-      multiply_add(acc[r][1], a[r], right);
-    }
-  }
-}
-
 template <class T, class S, bool EXACT>
 void freeze_as(const Head& head, const Rows& rows, float cap, const float* b0, const float* scale, void* scratch,
                S* base) {
-  const float inverse = cap ? 1 / cap : 0;
-  const int64_t K = depth<T>(head.D);
-  Word<T>* packed_rows = (Word<T>*)scratch;
-  for (int64_t first = 0; first < rows.n; first += kBlockRows) {
-    const int64_t last = first + kBlockRows < rows.n ? first + kBlockRows : rows.n;
-    for (int64_t i = first; i < last; i += kTileRows) pack_tile<T>(head, rows, i, packed_rows + (i - first) * K);
-    for (int64_t v = 0; v < head.stride; v += kPanel) {
-      const vf b_left = b0 ? load(b0 + v) : splat(0), b_right = b0 ? load(b0 + v + kLanes) : splat(0);
-      for (int64_t i = first; i < last; i += kTileRows) {
-        vf acc[kTileRows][2];
-        multiply(packed_rows + (i - first) * K, (const Word<T>*)head.packed + v * K, K, acc);
-        const int count = last - i < kTileRows ? int(last - i) : kTileRows;
-        for (int r = 0; r < count; ++r) {
-          S* out = base + (i + r) * head.stride + v;
-          vf left = acc[r][0], right = acc[r][1];
-          if (scale) left *= scale[i + r], right *= scale[i + r];
+  const TileScope tiles;
+  (void)tiles;
+  const float inverse = cap ? 1 / cap : 0, k = cap * kLog2E;
+  const int64_t panel_words = words<T>(head.D) * kPanel;
+  float* sums = (float*)scratch;
+  Element<T>* packed_rows = (Element<T>*)(sums + sums_size<T>(kFreezeRows<T>));
+  constexpr int64_t kRows = kFreezeRows<T>;
+  for (int64_t first = 0; first < rows.n; first += kRows) {
+    const int64_t count = rows.n - first < kRows ? rows.n - first : kRows;
+    const Left<T> left =
+        pack_left<T>(count, head.D, packed_rows, [&](int64_t i) { return row<T>(rows, first + i, head.D); });
+    product<T>(
+        left, head.D, 0, head.stride / kPanel, sums, [](int64_t) { return int64_t(0); },
+        [&](int64_t p, int64_t k, int64_t) { return (const Word<T>*)head.packed + p * panel_words + k * kPanel; },
+        [&](int64_t i, int64_t p, const float* c) __attribute__((always_inline)) {
+          S* out = base + (first + i) * head.stride + p * kPanel;
+          const float factor = scale ? scale[first + i] : 1;
+          auto x = load_several<2>(c) * factor;
           if (cap) {
-            left = tanh<EXACT>((left + b_left) * inverse);
-            right = tanh<EXACT>((right + b_right) * inverse);
+            if (b0) x = x + load_several<2>(b0 + p * kPanel);
+            x = tanh<EXACT>(x * inverse, k);
           }
-          store(out, left);
-          store(out + kLanes, right);
-        }
-      }
-    }
+          store(out, x);
+        });
   }
 }
 
 void freeze(const Head& head, const Rows& rows, float cap, const float* b0, const float* scale, bool exact,
-            void* packed_rows, void* base) {
+            void* scratch, void* base) {
   const bool wide = head.dtype == DType::float32;
   if (wide) {
-    freeze_as<float, float, true>(head, rows, cap, b0, scale, packed_rows, (float*)base);
+    freeze_as<float, float, true>(head, rows, cap, b0, scale, scratch, (float*)base);
   } else if (exact) {
-    freeze_as<bf16, float, true>(head, rows, cap, b0, scale, packed_rows, (float*)base);
+    freeze_as<bf16, float, true>(head, rows, cap, b0, scale, scratch, (float*)base);
   } else {
-    freeze_as<bf16, half, false>(head, rows, cap, b0, scale, packed_rows, (half*)base);
+    freeze_as<bf16, half, false>(head, rows, cap, b0, scale, scratch, (half*)base);
   }
 }
 
-// gradient += sum over the group's rows of factor[j] * scratch row j
-PGOLF_INLINE void add_group(const Head& head, const float* scratch, int count, const float* factor, float* gradient) {
-  static_assert(kRowsPerGroup == 2, "written out for two rows");
-  const float *first = scratch, *second = count > 1 ? scratch + head.stride : scratch;  // factor[1] is 0 for one row
-  for (int64_t v = 0; v < head.stride; v += kLanes)
-    store(gradient + v, load(gradient + v) + (factor[0] * load(first + v) + factor[1] * load(second + v)));
+// Vectors that the sweeps take side by side: more spill.
+constexpr int kTogether = kLanes == 16 ? 8 : 4;
+
+// step(v, Count<N>) for N vectors at v: all of [0, V) in kTogether, then one by one, the last with lanes beyond V.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <class Step>
+PGOLF_INLINE void for_vectors(int64_t V, const Step& step) {
+  int64_t v = 0;
+  for (; v + kTogether * kLanes <= V; v += kTogether * kLanes) step(v, Count<kTogether>());
+  for (; v < V; v += kLanes) step(v, Count<1>());
+}
+
+// Lanes of a vector at v that lie within V; all of them unless N is 1.
+template <int N>
+PGOLF_INLINE Several<vf, N> inside(Several<vf, N> x, int64_t v, int64_t V) {
+  if constexpr (N == 1) x.x[0] = keep(x.x[0], first_lanes(V - v < kLanes ? int(V - v) : kLanes));
+  return x;
+}
+
+// The row that follows, into the first-level cache: a third off the time at V = 4096.
+template <int N, class S>
+PGOLF_INLINE void prefetch_next(const S* p, int64_t stride) {
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < N * kLanes; j += 64 / sizeof(S)) __builtin_prefetch(p + stride + j);
 }
 
 template <class S, bool EXACT>
 void sweep_u_as(const Head& head, const Sweep& s) {
-  const float k = s.cap * 1.44269504f;  // to base 2
-  const int64_t whole = head.V / kLanes * kLanes;
-  const vi tail = first_lanes(int(head.V - whole));
-  for (int64_t first = 0; first < s.rows.n; first += kRowsPerGroup) {
-    const int count = s.rows.n - first < kRowsPerGroup ? int(s.rows.n - first) : kRowsPerGroup;
-    float factor[kRowsPerGroup] = {};
-    for (int j = 0; j < count; ++j) {
-      const int64_t i = first + j;
-      const S* u = (const S*)s.base + i * head.stride;
-      float* d = s.scratch + j * head.stride;
-      vf total = splat(0);
-      const auto at = [&](int64_t v, bool masked) __attribute__((always_inline)) {
-        __builtin_prefetch(u + head.stride + v);  // the next row: a third off the time at V = 4096
-        const vf uv = load(u + v), wv = load(s.b + v);
-        const vf q = (uv + wv) * reciprocal<EXACT>(uv * wv + 1.0f);
-        vf e = exp2<EXACT>(q, k);
-        if (masked) e = keep(e, tail);
-        total += e;
-        store(d + v, e * (1.0f - q * q));
-      };
-      int64_t v = 0;
-      for (; v < whole; v += kLanes) at(v, false);
-      if (v < head.V) at(v, true);
-      for (v += v < head.V ? kLanes : 0; v < head.stride; v += kLanes) store(d + v, splat(0));
-      const int32_t y = s.rows.target[i];
-      const float uy = load_one(u + y), q = (uy + s.b[y]) / (1 + uy * s.b[y]), z = sum(total);
-      s.nll[i] = logf(z) - s.cap * q;
-      factor[j] = s.rows.weight[i] / z;
-      s.gradient[y] -= s.rows.weight[i] * (1 - q * q);
-    }
-    add_group(head, s.scratch, count, factor, s.gradient);
+  constexpr int kDegree = EXACT ? 6 : 3;  // 7.5e-5 of a probability, where half storage costs up to 4e-3
+  const float k = s.cap * kLog2E, square = k * k;
+  const int64_t V = head.V, stride = head.stride;
+  const float *w = s.b, *w_over_square = s.w_over_square;
+  float *const gradient = s.gradient, *const waiting = s.scratch;
+  float factor = 0;
+  memset(waiting, 0, stride * sizeof(float));
+  for (int64_t i = 0; i < s.rows.n; ++i) {
+    const S* u = (const S*)s.base + i * stride;
+    vf total = splat(0);
+    for_vectors(V, [&](int64_t v, auto count) __attribute__((always_inline)) {
+      constexpr int N = decltype(count)::value;
+      prefetch_next<N>(u + v, stride);
+      const auto uv = load_several<N>(u + v);
+      const auto one_plus = uv * load_several<N>(w_over_square + v) + 1.0f;
+      const auto q = (uv + load_several<N>(w + v)) * reciprocal<EXACT>(one_plus);
+      const auto e = inside(exp2_to<kDegree>(q, 1), v, V);
+      total += sum_vectors(e);
+      const auto sum = load_several<N>(gradient + v) + load_several<N>(waiting + v) * factor;
+      store(gradient + v, sum);
+      store(waiting + v, e * (square - q * q));
+    });
+    s.nll[i] = sum(total);
+    factor = s.rows.weight[i] / (s.nll[i] * square);
+  }
+  for (int64_t v = 0; v < V; v += kLanes) store(gradient + v, load(gradient + v) + factor * load(waiting + v));
+  for (int64_t i = 0; i < s.rows.n; ++i) {
+    const int32_t y = s.rows.target[i];
+    const float u = load_one((const S*)s.base + i * stride + y);
+    const float q = (u + w[y]) / (1 + u * w_over_square[y]);
+    s.nll[i] = logf(s.nll[i]) - kLn2 * q;
+    gradient[y] -= s.rows.weight[i] * (1 - q * q / square);
   }
 }
 
-// SHIFT: subtract the row's maximum before exp. GRADIENT: also the gradient and the slopes.
-template <class S, bool EXACT, bool CAPPED, bool SHIFT, bool GRADIENT>
+// SHIFT: subtract the row's maximum before exp. GRADIENT: also the gradient and the slopes. BIAS: there may be one.
+template <class S, bool EXACT, bool CAPPED, bool SHIFT, bool GRADIENT, bool BIAS>
 void sweep_z_as(const Head& head, const Sweep& s) {
-  const float inverse = CAPPED ? 1 / s.cap : 1, cap = CAPPED ? s.cap : 1, k = cap * 1.44269504f;
-  const int64_t whole = head.V / kLanes * kLanes;
-  const vi tail = first_lanes(int(head.V - whole));
-  for (int64_t first = 0; first < s.rows.n; first += kRowsPerGroup) {
-    const int count = s.rows.n - first < kRowsPerGroup ? int(s.rows.n - first) : kRowsPerGroup;
-    float factor[kRowsPerGroup] = {}, bias_factor[kRowsPerGroup] = {};
-    for (int j = 0; j < count; ++j) {
-      const int64_t i = first + j;
-      const S* base = (const S*)s.base + i * head.stride;
-      float* d = s.scratch + j * head.stride;
-      const float rho = s.rho[i] * inverse, r = s.r[i] * inverse;
-      // In units of cap: the logit without the bias, and with it.
-      const auto before_bias = [&](int64_t v)
-                                   __attribute__((always_inline)) { return load(base + v) * rho + load(s.b + v) * r; };
-      const auto logit = [&](int64_t v, vf x) __attribute__((always_inline)) { return x + load(s.bias + v) * inverse; };
-      const auto capped = [](vf y) __attribute__((always_inline)) { return CAPPED ? tanh<EXACT>(y) : y; };
-      float top = 0;
-      if (SHIFT) {
-        vf most = splat(-INFINITY);
-        for (int64_t v = 0; v < whole; v += kLanes) most = max(most, logit(v, before_bias(v)));
-        if (whole < head.V) {
-          const vf last = logit(whole, before_bias(whole));
-          most = max(most, (vf)(((vi)last & tail) | ((vi)splat(-INFINITY) & ~tail)));
-        }
-        top = capped(splat(greatest(most)))[0];
+  constexpr int kDegree = EXACT ? 6 : 3;
+  // Logits are q times unit: to base 2 if capped, so that the cap's factor k meets the constants of tanh.
+  const float inverse = CAPPED ? 1 / s.cap : 1, k = CAPPED ? s.cap * kLog2E : 1, square = k * k;
+  const float to_base_2 = CAPPED ? 1 : kLog2E, unit = CAPPED ? kLn2 : 1;
+  const int64_t V = head.V, stride = head.stride;
+  const float *b = s.b, *bias = s.bias;
+  float *const gradient = s.gradient, *const bias_gradient = s.bias_gradient, *const waiting = s.scratch;
+  float factor = 0, bias_factor = 0;
+  if (GRADIENT) memset(waiting, 0, stride * sizeof(float));
+  for (int64_t i = 0; i < s.rows.n; ++i) {
+    const S* base = (const S*)s.base + i * stride;
+    const float rho = s.rho[i] * inverse, r = s.r[i] * inverse;
+    const auto capped = [&](auto y) __attribute__((always_inline)) {
+      if constexpr (CAPPED) return tanh<EXACT>(y, k);
+      return y;
+    };
+    // In units of cap: the logit without the bias, and with it.
+    const auto before_bias = [&](int64_t v, auto count) __attribute__((always_inline)) {
+      constexpr int N = decltype(count)::value;
+      return load_several<N>(base + v) * rho + load_several<N>(b + v) * r;
+    };
+    const auto with_bias = [&](auto x, int64_t v, auto count) __attribute__((always_inline)) {
+      if constexpr (BIAS) return x + load_several<decltype(count)::value>(bias + v) * inverse;
+      return x;
+    };
+    float top = 0;
+    if (SHIFT) {
+      vf most = splat(-INFINITY);
+      for (int64_t v = 0; v < V; v += kLanes) {
+        const vf y = with_bias(before_bias(v, Count<1>()), v, Count<1>()).x[0];
+        const vi in = first_lanes(V - v < kLanes ? int(V - v) : kLanes);
+        most = max(most, select(in, y, most));
       }
-      vf total = splat(0), slope = splat(0);
-      const auto at = [&](int64_t v, bool masked) __attribute__((always_inline)) {
-        __builtin_prefetch(base + head.stride + v);
-        const vf x = before_bias(v), q = capped(logit(v, x));
-        vf e = SHIFT ? exp2<EXACT>(max((q - top) * k, splat(-126.0f)), 1) : exp2<EXACT>(q, k);
-        if (masked) e = keep(e, tail);
-        total += e;
-        if (GRADIENT) {
-          const vf dv = CAPPED ? e * (1.0f - q * q) : e;
-          store(d + v, dv);
-          slope += dv * x;
-        }
-      };
-      int64_t v = 0;
-      for (; v < whole; v += kLanes) at(v, false);
-      if (v < head.V) at(v, true);
-      const int32_t target = s.rows.target[i];
-      const float x = load_one(base + target) * rho + s.b[target] * r;
-      const float q = capped(splat(x + s.bias[target] * inverse))[0], z = sum(total);
-      s.nll[i] = logf(z) + cap * (top - q);
-      if (GRADIENT) {
-        for (v += v < head.V ? kLanes : 0; v < head.stride; v += kLanes) store(d + v, splat(0));
-        const float m = s.rows.weight[i], own = CAPPED ? 1 - q * q : 1;
-        bias_factor[j] = m / z;
-        factor[j] = s.r[i] * bias_factor[j];
-        s.gradient[target] -= m * s.r[i] * own;
-        s.slope[i] = m * cap * (sum(slope) / z - own * x);
-        if (s.bias_gradient) s.bias_gradient[target] -= m * own;
-      }
+      top = capped(splat(greatest(most)))[0];
     }
-    if (GRADIENT) add_group(head, s.scratch, count, factor, s.gradient);
-    if (GRADIENT && s.bias_gradient) add_group(head, s.scratch, count, bias_factor, s.bias_gradient);
+    vf total = splat(0), slope = splat(0);
+    for_vectors(V, [&](int64_t v, auto count) __attribute__((always_inline)) {
+      constexpr int N = decltype(count)::value;
+      prefetch_next<N>(base + v, stride);
+      const auto x = before_bias(v, count), q = capped(with_bias(x, v, count));
+      const auto e = inside(
+          SHIFT ? exp2_to<kDegree>(max(-126.0f, (q - top) * to_base_2), 1) : exp2_to<kDegree>(q, to_base_2), v, V);
+      total += sum_vectors(e);
+      if constexpr (GRADIENT) {
+        const auto before = load_several<N>(waiting + v);
+        store(gradient + v, load_several<N>(gradient + v) + before * factor);
+        if (BIAS && bias_gradient) store(bias_gradient + v, load_several<N>(bias_gradient + v) + before * bias_factor);
+        auto d = e;
+        if constexpr (CAPPED) d = e * (square - q * q);
+        store(waiting + v, d);
+        slope += sum_vectors(d * x);
+      }
+    });
+    const int32_t y = s.rows.target[i];
+    const float x = load_one(base + y) * rho + b[y] * r;
+    const float q = capped(splat(BIAS ? x + bias[y] * inverse : x))[0], z = sum(total);
+    s.nll[i] = logf(z) + unit * (top - q);
+    if (GRADIENT) {
+      const float m = s.rows.weight[i], own = CAPPED ? 1 - q * q / square : 1;
+      bias_factor = m / (z * square);
+      factor = s.r[i] * bias_factor;
+      gradient[y] -= m * s.r[i] * own;
+      s.slope[i] = (CAPPED ? s.cap : 1) * (bias_factor * sum(slope) - m * own * x);
+      if (BIAS && bias_gradient) bias_gradient[y] -= m * own;
+    }
+  }
+  for (int64_t v = 0; GRADIENT && v < V; v += kLanes) {
+    const vf last = load(waiting + v);
+    store(gradient + v, load(gradient + v) + factor * last);
+    if (BIAS && bias_gradient) store(bias_gradient + v, load(bias_gradient + v) + bias_factor * last);
   }
 }
 
 template <class S, bool EXACT, bool GRADIENT>
 void sweep_z_of(const Head& head, const Sweep& s) {
   if (!s.cap) {
-    sweep_z_as<S, EXACT, false, true, GRADIENT>(head, s);
+    sweep_z_as<S, EXACT, false, true, GRADIENT, true>(head, s);
   } else if (s.cap > kLargestPlainCap) {
-    sweep_z_as<S, EXACT, true, true, GRADIENT>(head, s);
+    sweep_z_as<S, EXACT, true, true, GRADIENT, true>(head, s);
+  } else if (s.bias_gradient || !GRADIENT) {
+    sweep_z_as<S, EXACT, true, false, GRADIENT, true>(head, s);
   } else {
-    sweep_z_as<S, EXACT, true, false, GRADIENT>(head, s);
+    sweep_z_as<S, EXACT, true, false, GRADIENT, false>(head, s);
   }
 }
 
@@ -268,16 +236,19 @@ void sweep_z(const Head& head, const Sweep& s) {
 
 template <class T>
 void inverse_rms_as(const Head& head, const Rows& rows, const float* delta, float* r) {
-  const int64_t D = head.D, whole = D / kLanes * kLanes;
+  const int64_t D = head.D;
   for (int64_t i = 0; i < rows.n; ++i) {
     const T* h = row<T>(rows, i, D);
-    vf squares = splat(0);
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      const vf x = delta ? load(h + d) + load(delta + d) : load(h + d);
-      squares += x * x;
+    // Four sums: one would wait for itself.
+    Several<vf, 4> squares = {};
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= D; d += 4 * kLanes) {
+      auto x = load_several<4>(h + d);
+      if (delta) x = x + load_several<4>(delta + d);
+      squares = squares + x * x;
     }
-    float total = sum(squares);
-    for (int64_t d = whole; d < D; ++d) {
+    float total = sum(sum_vectors(squares));
+    for (; d < D; ++d) {
       const float x = load_one(h + d) + (delta ? delta[d] : 0);
       total += x * x;
     }
@@ -314,32 +285,39 @@ PGOLF_INLINE void combine(int64_t n, int64_t D, const float* q, float* out, cons
 
 template <class T>
 void project_as(const Head& head, const float* delta, const float* bias, float* b) {
-  const int64_t D = head.D, whole = D / kLanes * kLanes;
+  const int64_t D = head.D;
   for (int64_t v = 0; v < head.V; ++v) {
     const T* w = (const T*)head.weight + v * D;
-    vf even = splat(0), odd = splat(0);
+    Several<vf, 4> sums = {};
     int64_t d = 0;
-    for (; d + 2 * kLanes <= whole; d += 2 * kLanes) {
-      even += load(w + d) * load(delta + d);
-      odd += load(w + d + kLanes) * load(delta + d + kLanes);
-    }
-    if (d < whole) even += load(w + d) * load(delta + d);
-    float total = sum(even + odd);
-    for (d = whole; d < D; ++d) total += load_one(w + d) * delta[d];
+    for (; d + 4 * kLanes <= D; d += 4 * kLanes) sums = sums + load_several<4>(w + d) * load_several<4>(delta + d);
+    float total = sum(sum_vectors(sums));
+    for (; d < D; ++d) total += load_one(w + d) * delta[d];
     b[v] = total + (bias ? bias[v] : 0);
   }
 }
 
-int64_t words_per_row(const Head& head) {
-  return head.dtype == DType::float32 ? depth<float>(head.D) : depth<bf16>(head.D);
+template <class T>
+void pack_as(const Head& head, int64_t p, Word<T>* out) {
+  const int64_t left = head.V - p * kPanel;
+  pack_transposed<T>((const T*)head.weight + p * kPanel * head.D, head.D, left < kPanel ? left : kPanel, head.D, out);
 }
 
 void pack(const Head& head, int64_t p, void* out) {
-  if (head.dtype == DType::float32) {
-    pack_as<float>(head, p, (float*)out);
-  } else {
-    pack_as<bf16>(head, p, (Word<bf16>*)out);
-  }
+  head.dtype == DType::float32 ? pack_as<float>(head, p, (Word<float>*)out) : pack_as<bf16>(head, p, (Word<bf16>*)out);
+}
+
+template <class T>
+int64_t scratch_bytes_as(const Head& head) {
+  return sums_size<T>(kFreezeRows<T>) * sizeof(float) + left_size<T>(kFreezeRows<T>, head.D) * sizeof(Element<T>);
+}
+
+int64_t words_per_row(const Head& head) {
+  return head.dtype == DType::float32 ? words<float>(head.D) : words<bf16>(head.D);
+}
+
+int64_t scratch_bytes(const Head& head) {
+  return head.dtype == DType::float32 ? scratch_bytes_as<float>(head) : scratch_bytes_as<bf16>(head);
 }
 
 void inverse_rms(const Head& head, const Rows& rows, const float* delta, float* r) {
@@ -375,13 +353,18 @@ void pull_back(const Head& head, const float* g, float* d_delta) {
   }
 }
 
-void shift(const Head& head, const float* b, const float* b0, float cap, float* w) {
-  for (int64_t v = 0; v < head.stride; v += kLanes) store(w + v, tanh<true>((load(b + v) - load(b0 + v)) * (1 / cap)));
+void shift(const Head& head, const float* b, const float* b0, float cap, float* w, float* w_over_square) {
+  const float k = cap * kLog2E;
+  for (int64_t v = 0; v < head.stride; v += kLanes) {
+    const vf tanh_b = tanh<true>((load(b + v) - load(b0 + v)) * (1 / cap));
+    store(w + v, tanh_b * k);
+    store(w_over_square + v, tanh_b * (1 / k));
+  }
 }
 
 }  // namespace
 
-const Kernels kKernels = {kPanel,  kBlockRows,  sizeof(half), words_per_row, pack,      freeze, sweep_u,
-                          sweep_z, inverse_rms, add_rows,     project,       pull_back, shift};
+const Kernels kKernels = {kPanel,  sizeof(half), words_per_row, scratch_bytes, pack,      freeze, sweep_u,
+                          sweep_z, inverse_rms,  add_rows,      project,       pull_back, shift};
 
 }  // namespace pgolf::slot::PGOLF_ISA

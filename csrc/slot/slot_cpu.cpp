@@ -13,15 +13,14 @@ namespace pgolf::slot {
 // Best first; the last runs everywhere.
 static const Unit<Kernels> kUnits[] = {
 #if PGOLF_X86
-    {3, &avx512bf16::kKernels},
-    {2, &avx512::kKernels},
-    {1, &avx2::kKernels},
+    {4, &amx::kKernels},     {3, &avx512bf16::kKernels}, {2, &avx512::kKernels}, {1, &avx2::kKernels},
 #endif
     {0, &generic::kKernels},
 };
 
 // Rows whose gradients are summed apart before they join the window's: at 2048 rows half the error of one float32 sum.
 constexpr int64_t kRowsPerSum = 64;
+constexpr int64_t kRowsPerScore = 112;  // their logits stay in cache until they are scored
 
 // What every window shares: the problem, its head in packed form, the chosen loops.
 struct Context {
@@ -29,7 +28,7 @@ struct Context {
   const Kernels& kernels;
   Head head;
   Scratch<uint32_t> packed;
-  int64_t words_per_row;
+  int64_t words_per_row, scratch_bytes;
 
   explicit Context(const Problem& problem) : p(problem), kernels(choose(kUnits, problem.isa, "slot")) {
     PGOLF_CHECK(p.V > 0 && p.V < INT32_MAX - kColumnMultiple, "slot: V must be in [1, 2^31), got ", p.V);
@@ -37,6 +36,7 @@ struct Context {
     const int64_t stride = (p.V + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
     head = {p.weight, nullptr, p.V, p.D, stride, p.dtype};
     words_per_row = kernels.words_per_row(head);
+    scratch_bytes = kernels.scratch_bytes(head);
     const int64_t panel = kernels.panel;
     head.packed = packed.need(stride * words_per_row);
     parallel_for(stride / panel, p.threads,
@@ -55,7 +55,7 @@ struct Context {
 // What a step moves the logits by, for all windows of a group; [stride] each.
 struct Shift {
   const float* b;      // W delta + bias; through the norm: W delta
-  const float* w;      // u form: tanh((b - b0) / c)
+  const float* w;      // u form: k tanh((b - b0) / c), and after it [stride] the same over k^2
   const float* bias;   // z form: the bias if it does not pass through the norm, else zeros
   const float* delta;  // [D] or null
   bool own_bias;       // bias has a gradient of its own
@@ -66,9 +66,8 @@ struct Window {
   int64_t number = -1;
   std::vector<int32_t> index, target;
   std::vector<float> weight, r0, r, rho, nll, slope;
-  Scratch<char> base;
+  Scratch<char> base, freeze_scratch;
   Scratch<float> gradient, bias_gradient, part, bias_part, d_hidden, scratch;
-  Scratch<uint32_t> packed_rows;
   double loss = 0;
 
   Rows rows(const Context& c) const {
@@ -95,10 +94,9 @@ struct Window {
   void freeze(const Context& c, const float* b0, bool u_form) {
     const size_t element = c.p.dtype == DType::float32 ? 4 : c.kernels.half_bytes;
     base.need(index.size() * c.head.stride * element);
-    packed_rows.need(c.kernels.block_rows * c.words_per_row);
     if (c.p.before) c.kernels.inverse_rms(c.head, rows(c), nullptr, r0.data());
     c.kernels.freeze(c.head, rows(c), u_form ? c.p.cap : 0, u_form ? b0 : nullptr, c.p.before ? r0.data() : nullptr,
-                     false, packed_rows.get(), base.get());
+                     false, freeze_scratch.need(c.scratch_bytes), base.get());
   }
 
   // Loss, gradient in b [stride], in a bias of its own [stride], and d_hidden [D]: what delta does through the norm.
@@ -115,10 +113,11 @@ struct Window {
     s.base = base.get();
     s.cap = c.p.cap;
     s.b = u_form ? shift.w : shift.b;
+    s.w_over_square = shift.w + stride;
     s.bias = shift.bias;
     s.gradient = part.need(stride);
     s.bias_gradient = shift.own_bias ? bias_part.need(stride) : nullptr;
-    s.scratch = scratch.need(kRowsPerGroup * stride);
+    s.scratch = scratch.need(stride);
     const int64_t bytes_per_row = stride * (c.p.dtype == DType::float32 ? 4 : c.kernels.half_bytes);
     for (int64_t first = 0; first < n; first += kRowsPerSum) {
       s.rows = {c.hidden(number), &index[first], &target[first], &weight[first], std::min(kRowsPerSum, n - first)};
@@ -172,8 +171,9 @@ class Group {
     const bool freeze = !frozen_ || (u_form && too_far_from_base());
     if (freeze) std::copy_n(b_.get(), stride, b0_.need(stride));
     frozen_ = true;
-    if (u_form) c_.kernels.shift(c_.head, b_.get(), b0_.get(), c_.p.cap, w_.need(stride));
-    const Shift shift = {b_.get(), w_.get(), bias_.get(), delta, own_bias};
+    float* w = w_.need(2 * stride);
+    if (u_form) c_.kernels.shift(c_.head, b_.get(), b0_.get(), c_.p.cap, w, w + stride);
+    const Shift shift = {b_.get(), w, bias_.get(), delta, own_bias};
     parallel_for(windows_.size(), threads_, [&](int64_t i, int) {
       if (freeze) windows_[i].freeze(c_, b0_.get(), u_form);
       windows_[i].sweep(c_, shift);
@@ -267,21 +267,21 @@ void score(const Problem& problem, const bool* rows, const float* delta, int64_t
     const float* d = delta ? delta + i * delta_stride : nullptr;
     c.kernels.project(c.head, d, nullptr, b.need(c.head.stride));
     c.kernels.project(c.head, nullptr, bias ? bias + i * bias_stride : nullptr, bias_row.need(c.head.stride));
-    window.packed_rows.need(c.kernels.block_rows * c.words_per_row);
     Sweep s = {};  // loss only
-    s.base = base.need(c.kernels.block_rows * c.head.stride);
+    s.base = base.need(kRowsPerScore * c.head.stride);
     s.cap = problem.cap;
     s.b = b.get();
     s.bias = bias_row.get();
     s.nll = start[i];
-    s.scratch = window.scratch.need(kRowsPerGroup * c.head.stride);
+    s.scratch = window.scratch.need(c.head.stride);
     const bool* wanted = rows + i * problem.T;
     for (int64_t t = 0; t < problem.T;) {  // in blocks whose logits stay in cache
-      t = window.select(c, i, t, c.kernels.block_rows, [&](int64_t t) { return float(wanted[t]); });
+      t = window.select(c, i, t, kRowsPerScore, [&](int64_t t) { return float(wanted[t]); });
       s.rows = window.rows(c);
       s.rho = s.r = window.r.data();
       if (problem.before) c.kernels.inverse_rms(c.head, s.rows, d, window.r.data());
-      c.kernels.freeze(c.head, s.rows, 0, nullptr, nullptr, true, window.packed_rows.get(), base.get());
+      c.kernels.freeze(c.head, s.rows, 0, nullptr, nullptr, true, window.freeze_scratch.need(c.scratch_bytes),
+                       base.get());
       c.kernels.sweep_z(c.head, s);
       s.nll += s.rows.n;
     }

@@ -2,8 +2,8 @@
 //
 // A window keeps its base logits L = H W^T in one of two forms, [n, stride], float (float32 input) or half (bfloat16);
 // for norm="before" the rows of H are normalised first, so that half holds L.
-//   u = tanh((L + b0) / c)    A step adds b = b0 + c atanh(w) by tanh's addition formula,
-//                             tanh((L + b) / c) = (u + w) / (1 + u w): a reciprocal in place of a tanh per element.
+//   u = k tanh((L + b0) / c)  k = c log2(e): logits to base 2. A step adds b by tanh's addition formula, with
+//                             w = k tanh((b - b0) / c): (u + w) / (1 + u w / k^2), a reciprocal in place of a tanh.
 //   z = L                     without a softcap, or where delta joins before the norm and changes each row's r.
 #pragma once
 #include <stdint.h>
@@ -13,7 +13,6 @@
 namespace pgolf::slot {
 
 constexpr int64_t kColumnMultiple = 32;  // stride is V rounded up to this
-constexpr int kRowsPerGroup = 2;         // rows whose gradients are added up together
 constexpr float kRmsEps = 1.1920928955078125e-7f;
 // Up to this softcap, sums of exp(l) over a vocabulary stay inside float32 without subtracting a maximum.
 constexpr float kLargestPlainCap = 60.0f;
@@ -36,32 +35,32 @@ struct Rows {
 
 struct Sweep {
   Rows rows;
-  const void* base;      // [n, stride], u or z
-  float cap;             // 0: none
-  const float* b;        // [stride] u form: w; z form: what is added to L, times r
-  const float* bias;     // [stride] z form: added to the logits
-  const float* rho;      // [n] z form: factor of base
-  const float* r;        // [n] z form: factor of b
-  float* nll;            // [n] out
-  float* gradient;       // [stride] added to: sum_t weight r dloss/dz; null: loss only, and base is float
-  float* bias_gradient;  // [stride] added to: sum_t weight dloss/dz; null if not wanted (always in u form)
-  float* slope;          // [n] out, z form: weight sum_v dloss/dz (z - bias)
-  float* scratch;        // [kRowsPerGroup, stride]
+  const void* base;            // [n, stride], u or z
+  float cap;                   // 0: none
+  const float* b;              // [stride] u form: w; z form: what is added to L, times r
+  const float* w_over_square;  // [stride] u form: w / k^2
+  const float* bias;           // [stride] z form: added to the logits
+  const float* rho;            // [n] z form: factor of base
+  const float* r;              // [n] z form: factor of b
+  float* nll;                  // [n] out
+  float* gradient;             // [stride] added to: sum_t weight r dloss/dz; null: loss only, and base is float
+  float* bias_gradient;        // [stride] added to: sum_t weight dloss/dz; null if not wanted (always in u form)
+  float* slope;                // [n] out, z form: weight sum_v dloss/dz (z - bias)
+  float* scratch;              // [stride]
 };
 
 struct Kernels {
   int64_t panel;       // columns per panel of the packed weight
-  int64_t block_rows;  // rows that freeze packs at a time
   int64_t half_bytes;  // size of one element of the base, for bfloat16 input
 
-  // 32-bit words that one row of hidden or weight takes in packed form.
-  int64_t (*words_per_row)(const Head&);
+  int64_t (*words_per_row)(const Head&);  // 32-bit words that one row of the weight takes in packed form
+  int64_t (*scratch_bytes)(const Head&);  // what freeze needs, 64-byte aligned
   // Panel p of the weight as [words_per_row][panel], zeros beyond V.
   void (*pack)(const Head&, int64_t p, void* out);
-  // base = tanh((scale L + b0) / cap) if cap > 0, else scale L. scale [n] and b0 may be null. packed_rows has room for
-  // block_rows rows. exact: float storage for bfloat16 input too.
-  void (*freeze)(const Head&, const Rows&, float cap, const float* b0, const float* scale, bool exact,
-                 void* packed_rows, void* base);
+  // base = k tanh((scale L + b0) / cap) if cap > 0, else scale L. scale [n] and b0 may be null. exact: float
+  // storage for bfloat16 input too.
+  void (*freeze)(const Head&, const Rows&, float cap, const float* b0, const float* scale, bool exact, void* scratch,
+                 void* base);
   void (*sweep_u)(const Head&, const Sweep&);
   void (*sweep_z)(const Head&, const Sweep&);
   // r[i] = (mean((h_i + delta)^2) + eps)^(-1/2); delta may be null.
@@ -72,8 +71,8 @@ struct Kernels {
   void (*project)(const Head&, const float* delta, const float* bias, float* b);
   // d_delta[d] = sum_v g[v] W_v[d]
   void (*pull_back)(const Head&, const float* g, float* d_delta);
-  // w[v] = tanh((b[v] - b0[v]) / cap) for v in [0, stride)
-  void (*shift)(const Head&, const float* b, const float* b0, float cap, float* w);
+  // w[v] = k tanh((b[v] - b0[v]) / cap) and w / k^2 for v in [0, stride)
+  void (*shift)(const Head&, const float* b, const float* b0, float cap, float* w, float* w_over_square);
 };
 
 namespace generic {
@@ -86,6 +85,9 @@ namespace avx512 {
 extern const Kernels kKernels;
 }
 namespace avx512bf16 {
+extern const Kernels kKernels;
+}
+namespace amx {
 extern const Kernels kKernels;
 }
 

@@ -20,7 +20,6 @@ from pgolf_kernels.ops.slot import LBFGS, AdamW, SlotFit, cpu, reference, slot_f
 from pgolf_kernels.ops.slot.problem import check_fit, check_score
 
 pytestmark = pytest.mark.skipif(extension.cpu is None, reason=str(extension.WHY_NOT_CPU))
-LEVELS = [level for level in LEVELS if level != "amx"]
 B, T, D, V = 2, 300, 33, 75
 
 

@@ -20,9 +20,10 @@ if TRITON_INTERPRETED:
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "muon_newton_schulz.npz")
 IMPL_NAMES = [i.name for i in op.IMPLS]
-# One element; one row, odd; a tile's tail on both sides, tall; square with a tail; wide enough for the Gram form; two
-# batch dimensions. Real sizes run in the benchmark's correctness gate.
-SHAPES = [(1, 1), (1, 1, 7), (2, 65, 33), (3, 72, 72), (2, 40, 130), (2, 2, 96, 24)]
+# One element and one row, odd, in banks, because the plain loop is often exact by luck on few numbers; a tile's tail on
+# both sides, tall; square with a tail; wide enough for Triton's Gram form, and for the CPU's; two batch dimensions.
+# Real sizes run in the benchmark's correctness gate.
+SHAPES = [(100, 1, 1), (100, 1, 7), (2, 65, 33), (3, 72, 72), (2, 40, 130), (2, 70, 150), (2, 2, 96, 24)]
 SPECTRA = ["gauss", "power_law", "low_rank", "with_zero_matrix"]
 if TRITON_INTERPRETED:  # seconds per call: several tiles with tails, tall and in the Gram form, on the hard spectra
     SHAPES, SPECTRA = [(1, 100, 72), (2, 72, 144)], ["power_law", "with_zero_matrix"]
@@ -34,7 +35,7 @@ def matrices(shape, spectrum, device):
     if spectrum == "power_law":
         u, _, vh = torch.linalg.svd(g, full_matrices=False)
         rank = torch.arange(1, u.shape[-1] + 1, device=device)
-        g = (u * rank**-1.5) @ vh
+        g = (0.5 + torch.rand(*shape[:-2], 1, 1, device=device)) * (u * rank**-1.5) @ vh
     elif spectrum == "low_rank":
         rank = min(4, *shape[-2:])
         g = torch.randn(*shape[:-1], rank, device=device) @ torch.randn(*shape[:-2], rank, shape[-1], device=device)
@@ -74,7 +75,10 @@ def test_as_accurate_as_the_plain_loop(impl, device, dtype, coefficients, row_no
     eps = torch.finfo(dtype).eps
     assert ours.dtype == dtype and ours.shape == g.shape and ours.is_contiguous()
     assert torch.isfinite(ours).all()
-    assert (relative_errors(ours, exact) <= 2 * relative_errors(baseline, exact) + eps).all()
+    few = max(shape[-2:]) < 10  # their errors are compared in the mean over the bank
+    mine, plain = (relative_errors(x, exact).square() for x in (ours, baseline))
+    mine, plain = (e.mean().sqrt() if few else e.sqrt() for e in (mine, plain))
+    assert (mine <= 2 * plain + eps).all()
     assert_as_accurate(ours, baseline, exact, scale=exact.abs().max().item())
 
 
@@ -108,7 +112,10 @@ def test_input_is_read_only_and_may_have_any_strides(impl, device):
     spread = torch.randn(24, 3, 80, device=device).bfloat16()
     strided = spread.permute(1, 2, 0)[:, ::2]  # (3, 40, 24)
     strided.copy_(g)
-    assert torch.equal(run_or_skip(impl, strided), out)
+    if impl == "reference":  # PyTorch adds the squares of a norm in the order of its memory
+        torch.testing.assert_close(run_or_skip(impl, strided), out, rtol=0, atol=0.02)
+    else:
+        assert torch.equal(run_or_skip(impl, strided), out)
 
 
 @pytest.mark.parametrize("impl", IMPL_NAMES)

@@ -1,14 +1,15 @@
 """leaky_relu2_mlp: argument checks, choice of implementation, registration, autograd. The maths is in reference.py.
 
 Two registered ops carry Triton's kernels, forward and dp. The backward around dp is plain products: measurements of
-whole-MLP backward functions, opaque to the compiler, had them slower than products it can see.
+whole-MLP backward functions, opaque to the compiler, had them slower than products it can see. On the CPU it is the
+other way round: dp stays in the cache for the products after it, so forward and backward are one op each.
 """
 
 import torch
 from torch import Tensor
 
 from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, why_not_triton
-from . import reference
+from . import cpu, reference
 
 OP = "leaky_relu2_mlp"
 
@@ -88,8 +89,66 @@ def _backward(ctx, dy: Tensor | None, _da):
 
 torch.library.register_autograd("pgolf::leaky_relu2_mlp_triton", _backward, setup_context=_setup_context, lib=LIBRARY)
 
+
+def _why_not_cpu(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: float) -> str | None:
+    return cpu.why_not(_compute_dtype(x), x, w_up, w_down)
+
+
+def _cpu(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: float) -> Tensor:
+    dtype = _compute_dtype(x)
+    rows, up, down = (t.to(dtype).contiguous() for t in (x.reshape(-1, x.shape[-1]), w_up, w_down))
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_up, w_down))
+    y, _ = torch.ops.pgolf.leaky_relu2_mlp_cpu(rows, up, down, negative_slope, save)
+    return y.view(x.shape)
+
+
+LIBRARY.define(
+    "leaky_relu2_mlp_cpu(Tensor x, Tensor w_up, Tensor w_down, float negative_slope, bool save) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "leaky_relu2_mlp_cpu_backward(Tensor dy, Tensor x, Tensor w_up, Tensor w_down, Tensor a, float negative_slope, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("leaky_relu2_mlp_cpu", cpu.forward, "CPU")
+LIBRARY.impl("leaky_relu2_mlp_cpu_backward", cpu.backward, "CPU")
+
+
+@torch.library.register_fake("pgolf::leaky_relu2_mlp_cpu", lib=LIBRARY)
+def _(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: float, save: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], w_up.shape[0]) if save else x.new_empty(0)
+
+
+@torch.library.register_fake("pgolf::leaky_relu2_mlp_cpu_backward", lib=LIBRARY)
+def _(dy, x, w_up, w_down, a, negative_slope, needs) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = zip((x, w_up, w_down), needs, strict=True)
+    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in wanted)
+
+
+def _setup_context_cpu(ctx, inputs, output) -> None:
+    *tensors, ctx.negative_slope, ctx.saved = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    if ctx.saved:
+        ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward_cpu(ctx, dy: Tensor | None, _da):
+    if dy is None:
+        return None, None, None, None, None
+    require(ctx.saved, OP, "the forward of leaky_relu2_mlp_cpu must have been called with save=True", "save=False")
+    needs = list(ctx.needs_input_grad[:3])
+    *tensors, a = ctx.saved_tensors
+    grads = torch.ops.pgolf.leaky_relu2_mlp_cpu_backward(dy.contiguous(), *tensors, a, ctx.negative_slope, needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+torch.library.register_autograd(
+    "pgolf::leaky_relu2_mlp_cpu", _backward_cpu, setup_context=_setup_context_cpu, lib=LIBRARY
+)
+
 IMPLS = (  # fastest first; the last always runs
     Impl("triton", _triton, _why_not_triton),
+    Impl("cpu", _cpu, _why_not_cpu),
     Impl("reference", reference.forward, always),
 )
 

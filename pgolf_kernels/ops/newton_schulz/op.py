@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, why_not_triton
-from . import reference
+from . import cpu, reference
 
 NAMED = {"quintic": reference.QUINTIC, "polar_express": reference.POLAR_EXPRESS}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,11 +24,19 @@ def _why_not_triton(g: Tensor, coefficients: reference.Coefficients, _rows: bool
     return None
 
 
+def _flat(coefficients: reference.Coefficients) -> list[float]:
+    """As the schema of a registered op can hold them."""
+    return [value for triple in coefficients for value in triple]
+
+
+def _triples(flat: list[float]) -> reference.Coefficients:
+    return tuple(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
+
+
 def _triton(
     g: Tensor, coefficients: reference.Coefficients, row_normalize: bool, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    flat = [value for triple in coefficients for value in triple]
-    return torch.ops.pgolf.newton_schulz_triton(g, flat, row_normalize, eps, dtype)
+    return torch.ops.pgolf.newton_schulz_triton(g, _flat(coefficients), row_normalize, eps, dtype)
 
 
 LIBRARY.define(
@@ -39,14 +47,30 @@ LIBRARY.define(
 def _launch(g: Tensor, coefficients: list[float], row_normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
     from . import triton_kernel  # Triton may be missing, and takes a second to import
 
-    triples = tuple(zip(coefficients[0::3], coefficients[1::3], coefficients[2::3], strict=True))
-    return triton_kernel.forward(g, triples, row_normalize, eps, dtype)
+    return triton_kernel.forward(g, _triples(coefficients), row_normalize, eps, dtype)
 
 
 for _device in ("CUDA", *("CPU",) * TRITON_INTERPRETED):
     LIBRARY.impl("newton_schulz_triton", _launch, _device)
 
 
+LIBRARY.define(
+    "newton_schulz_cpu(Tensor g, float[] coefficients, bool row_normalize, float eps, ScalarType dtype) -> Tensor"
+)
+
+
+def _cpu(
+    g: Tensor, coefficients: reference.Coefficients, row_normalize: bool, eps: float, dtype: torch.dtype
+) -> Tensor:
+    return torch.ops.pgolf.newton_schulz_cpu(g, _flat(coefficients), row_normalize, eps, dtype)
+
+
+@torch.library.impl(LIBRARY, "newton_schulz_cpu", "CPU")
+def _(g: Tensor, coefficients: list[float], row_normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
+    return cpu.forward(g, _triples(coefficients), row_normalize, eps, dtype)
+
+
+@torch.library.register_fake("pgolf::newton_schulz_cpu", lib=LIBRARY)
 @torch.library.register_fake("pgolf::newton_schulz_triton", lib=LIBRARY)
 def _(g: Tensor, coefficients: list[float], row_normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
     return torch.empty(g.shape, dtype=dtype, device=g.device)
@@ -54,6 +78,7 @@ def _(g: Tensor, coefficients: list[float], row_normalize: bool, eps: float, dty
 
 IMPLS = (  # fastest first
     Impl("triton", _triton, _why_not_triton),
+    Impl("cpu", _cpu, cpu.why_not),
     Impl("reference", reference.forward, always),
 )
 

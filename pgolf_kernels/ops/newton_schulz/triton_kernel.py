@@ -13,7 +13,6 @@ Inside, sides are padded with zeros to multiples of SIDE. They stay zero, so no 
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .schedule import blocks_of, single_steps
+
 GRAM_FORM_RATIO = 2  # long / short from which the Gram form needs clearly less arithmetic
-FIRST_GROWTH, LATER_GROWTH = 64.0, 16.0  # largest p of the first and of later blocks: quintic 3 + 2, polar 2 + 2 + 1
 SIDE = 64
 NORM_ROWS, NORM_COLS = 4, 512  # tile of the two normalisation kernels
 
@@ -325,21 +325,6 @@ def _polynomial(r: Tensor, block: tuple) -> tuple[float, Tensor]:
 
 
 @functools.cache
-def blocks_of(coefficients: tuple, gram_form: bool) -> tuple:
-    """The steps between two products with X."""
-    blocks, growth, bound = [], math.inf, FIRST_GROWTH
-    for step in coefficients:
-        growth *= abs(step[0])
-        if gram_form and growth <= bound:
-            blocks[-1] += (step,)
-        else:
-            bound = LATER_GROWTH if blocks else FIRST_GROWTH
-            blocks.append((step,))
-            growth = abs(step[0])
-    return tuple(blocks)
-
-
-@functools.cache
 def fits_float16(blocks: tuple) -> bool:
     """Whether every intermediate stays far below float16's 65504, for all singular values in [0, 1]."""
     bound = 2.0**12
@@ -367,9 +352,9 @@ def forward(
     *_, m, n = g.shape
     # The Gram form spends some of float16's extra bits, so a caller who wants float16 accuracy gets the standard form.
     gram_form = dtype == torch.bfloat16 and max(m, n) >= GRAM_FORM_RATIO * min(m, n)
-    blocks, inner = blocks_of(coefficients, gram_form), torch.float16
+    blocks, inner = blocks_of(coefficients) if gram_form else single_steps(coefficients), torch.float16
     if not fits_float16(blocks):
-        blocks, inner = blocks_of(coefficients, False), torch.bfloat16
+        blocks, inner = single_steps(coefficients), torch.bfloat16
     x = _normalized(g.reshape(-1, m, n), row_normalize, eps, inner)
     short_dim = 1 if m <= n else 2
     result = torch.empty(len(x), m, n, dtype=dtype, device=g.device)

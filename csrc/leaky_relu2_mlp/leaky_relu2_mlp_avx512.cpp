@@ -1,0 +1,2 @@
+#define PGOLF_ISA avx512
+#include "leaky_relu2_mlp/leaky_relu2_mlp_body.inl"

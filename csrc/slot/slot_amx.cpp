@@ -1,0 +1,2 @@
+#define PGOLF_ISA amx
+#include "slot/slot_body.inl"
