@@ -6,6 +6,7 @@
 #include "causal_attention/causal_attention.h"
 #include "common/isa.h"
 #include "common/limits.h"
+#include "int6_linear/int6_linear.h"
 #include "leaky_relu2_mlp/leaky_relu2_mlp.h"
 #include "newton_schulz/newton_schulz.h"
 #include "slot/slot.h"
@@ -167,6 +168,17 @@ void bind_newton_schulz(py::module_& m) {
       "blocks"_a, "row_normalize"_a, "eps"_a, "threads"_a, "isa"_a = "");
 }
 
+void bind_int6_linear(py::module_& m) {
+  // Positional throughout: at one row of x the look-up of keywords would show in the time of a call.
+  m.def("int6_linear", [](Address x, Address packed, int64_t packed_bytes, Address scale, Address bias, Address y,
+                          int64_t M, int64_t N, int64_t K, bool bf16, int threads, const std::string& isa) {
+    py::gil_scoped_release release;
+    pgolf::int6_linear::forward(
+        {at<void>(x), at<uint8_t>(packed), at<uint16_t>(scale), at<void>(bias), at<void>(y), M, N, K, dtype(bf16)},
+        packed_bytes, threads, isa);
+  });
+}
+
 void bind_slot(py::module_& m) {
   using namespace pgolf::slot;
   const auto problem = [](Address hidden, Address weight, Address targets, std::array<int64_t, 4> sizes, bool bf16,
@@ -233,5 +245,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_softcapped_cross_entropy(m);
   bind_leaky_relu2_mlp(m);
   bind_newton_schulz(m);
+  bind_int6_linear(m);
   bind_slot(m);
 }
