@@ -221,7 +221,7 @@ class BuildWithNinja(build_ext):
             fail(f"building {ext.name} failed", "the compiler's message is above")
         built = Path(self.get_ext_fullpath(ext.name))
         built.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(library), str(built))
+        shutil.copyfile(library, built)  # always: what is there may be newer and of another variant
 
 
 setup(

@@ -72,8 +72,9 @@ def _shapes(device, quick):
     if device == "cuda":
         cases = [(512, 1024, "bias"), (2048, 1024, "bias"), (2048, 1024, "after"), (2048, 4096, "before")]
         return [(32, T, 512, V, torch.bfloat16, form) for T, V, form in cases]
-    forms = [(torch.bfloat16, "bias"), (torch.bfloat16, "after"), (torch.bfloat16, "before"), (torch.float32, "after")]
-    return [(4, 2048, 512, V, *form) for V in (1024, 4096) for form in forms]
+    cases = [(V, torch.bfloat16, form) for V in (1024, 4096) for form in ("after", "bias")]
+    cases += [(1024, torch.bfloat16, "before"), (1024, torch.float32, "after")]
+    return [(4, 2048, 512, *case) for case in cases]
 
 
 def cases(device, quick):

@@ -1,7 +1,7 @@
 """The kernels' own tests once more, on a module built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The sanitizers do not see what AMX instructions touch, so level amx runs on emulated tiles, on any CPU with AVX-512 BF16.
-Building takes about a minute the first time; ninja keeps the objects in build/, apart from those without sanitizers.
+The sanitizers do not see what AMX instructions touch, so level amx runs on emulated tiles, on any CPU with AVX-512
+BF16. Building takes about a minute the first time; ninja keeps the objects in build/, apart from the others.
 As a script (`test_sanitized_build.py MODULE`) this file is the process that has the sanitizers loaded.
 """
 
@@ -67,8 +67,9 @@ def test_sanitized_build(tmp_path):
     (library,) = tmp_path.glob("pgolf_kernels/_cpu.*so")
 
     environment = {name: value for name, value in os.environ.items() if name != "PGOLF_ISA"}
-    environment |= {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive",
-                    "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in (".", "python", "tests"))}  # fmt: skip
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in (".", "python", "tests"))
+    environment |= {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in (".", "python", "tests"))
     command = [sys.executable, __file__, str(library)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-20000:]

@@ -114,6 +114,22 @@ def test_fit_and_score(isa, dtype, norm, monkeypatch):
     assert (errors[0] <= 2 * errors[1] + 1.2e-7 * torch.tensor([1, 10, 10])).all(), errors
 
 
+@pytest.mark.parametrize("softcap", [30.0, 90.0, None])
+@pytest.mark.parametrize("norm", ["after", "before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", LEVELS)
+def test_nan_comes_out_as_nan(isa, dtype, norm, softcap):
+    """The clamps of tanh and exp must let it through; the other window does not see it."""
+    inputs = make(norm, dtype)
+    clean, _ = cpu.fit(problem(inputs, norm, softcap=softcap, steps=2), isa)
+    inputs[0][0, 5, 3] = torch.nan
+    x, losses = cpu.fit(problem(inputs, norm, softcap=softcap, steps=2), isa)
+    assert losses[:, 0].isnan().all() and x[0, D:].isnan().all()
+    assert losses[:, 1].isfinite().all() and torch.equal(x[1], clean[1])
+    nll = cpu.score(check_score(*inputs[:3], None, softcap, norm, torch.ones(B, T, dtype=torch.bool)), isa)
+    assert nll[5].isnan() and nll.isnan().sum() == 1
+
+
 @pytest.mark.parametrize("share", ["window", "batch"])
 @pytest.mark.parametrize("optimizer", [AdamW(), LBFGS(max_iter=3)], ids=["adamw", "lbfgs"])
 def test_threads_change_nothing(optimizer, share):
