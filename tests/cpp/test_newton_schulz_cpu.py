@@ -87,8 +87,10 @@ def test_blocks():
         (QUINTIC, 512, 512, bf16): [1] * 5,
         (QUINTIC, 512, 1536, bf16): [3, 2],
         (POLAR, 512, 1536, bf16): [2, 2, 1],
-        (QUINTIC, 512, 1536, float32): [2, 2, 1],
-        (POLAR, 512, 1536, float32): [1, 2, 2],
+        (QUINTIC, 512, 1536, float32): [2, 3],
+        (POLAR, 512, 1536, float32): [2, 3],
+        (QUINTIC, 256, 512, float32): [2, 2, 1],
+        (POLAR, 256, 512, float32): [1, 2, 2],
         (QUINTIC, 32, 512, bf16): [1] * 5,
         ((), 512, 1536, bf16): [],
     }
