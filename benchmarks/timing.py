@@ -99,7 +99,7 @@ def compare_cpu(ours: Callable, peers: dict, buffers: list[tuple], quick: bool) 
         seconds = time.perf_counter() - start
         return seconds / n, (run_queue_wait_seconds() - waited) / seconds
 
-    begin, budget = time.perf_counter(), 2.0 if quick else 60.0
+    begin, budget = time.perf_counter(), 2.0 if quick else 30.0
 
     def stop(history: list[dict]) -> bool:
         quiet = sum(max(waited for _, waited in turn.values()) <= QUIET for turn in history)
