@@ -221,7 +221,10 @@ class BuildWithNinja(build_ext):
             fail(f"building {ext.name} failed", "the compiler's message is above")
         built = Path(self.get_ext_fullpath(ext.name))
         built.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(library, built)  # always: what is there may be newer and of another variant
+        # Whatever is there: it may be newer and of another variant. By renaming, because a process may be running it.
+        beside = built.with_suffix(".new")
+        shutil.copyfile(library, beside)
+        beside.replace(built)
 
 
 setup(

@@ -136,6 +136,9 @@ void multiply_as(const Problem& p, const void* panels, const Columns& columns, i
       });
 }
 
+// Rows of x up to which dots win; tiles win from the start.
+constexpr int64_t kMaxDotsRows = kLanes == 16 ? 24 : 8;
+
 #define PGOLF_BY_DTYPE(call, ...) (p.dtype == DType::float32 ? call<float>(__VA_ARGS__) : call<bf16>(__VA_ARGS__))
 
 void set_columns(const Problem& p, const Columns& columns) { PGOLF_BY_DTYPE(set_columns_as, p, columns); }
@@ -163,7 +166,7 @@ void multiply(const Problem& p, const void* panels, const Columns& columns, int6
 }  // namespace
 
 const Kernels kKernels = {kPanel,        {kBlockRows<float>, kBlockRows<bf16>},
-                          kMaxBytesRows, {8, kTiles<bf16> ? 0 : 8},
+                          kMaxBytesRows, {kMaxDotsRows, kTiles<bf16> ? 0 : kMaxDotsRows},
                           set_columns,   quantize,
                           convert,       dots_work,
                           dots,          panel_bytes,

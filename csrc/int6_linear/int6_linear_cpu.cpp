@@ -54,6 +54,12 @@ class Parts {
   int64_t total_ = 0;
 };
 
+void add_columns(const Problem& p, Columns& columns, Parts& parts) {
+  const int64_t size = round_up(p.N, kPieceRows) + kPieceRows;
+  parts.add(columns.scale, size);
+  parts.add(columns.bias, size);
+}
+
 int useful_threads(const Problem& p, int threads) {
   const int64_t most = std::max(p.N * row_bytes(p.K) / kBytesPerThread, p.M * p.N * p.K / kProductsPerThread);
   return int(std::clamp<int64_t>(most, 1, std::max(1, threads)));
@@ -66,8 +72,7 @@ void by_dots(const Problem& p, const Kernels& kernels, int threads) {
   Parts parts;
   char* rows;
   const bool bytes = p.dtype == DType::bfloat16 && p.M <= kernels.max_bytes_rows && p.K > 0 && p.K <= kMaxBytesDepth;
-  parts.add(columns.scale, pieces * kPieceRows);
-  parts.add(columns.bias, pieces * kPieceRows);
+  add_columns(p, columns, parts);
   parts.add(a.step, p.M);
   parts.add(a.offset, p.M);
   parts.add(rows, p.M * depth * 4);
@@ -87,8 +92,8 @@ void by_dots(const Problem& p, const Kernels& kernels, int threads) {
 template <class Call>
 void by_pieces(int64_t total, int64_t rows, int64_t panels, int threads, const Call& call) {
   // Where the rows make too few pieces for the threads to end together, the panels are cut too.
-  const int64_t pieces = ceil_div(total, rows),
-                wanted = threads == 1 ? 1 : ceil_div(threads * kPiecesPerThread, pieces);
+  const int64_t pieces = ceil_div(total, rows);
+  const int64_t wanted = threads == 1 ? 1 : ceil_div(threads * kPiecesPerThread, pieces);
   const int64_t per_range = std::max(ceil_div(panels, wanted), std::min(panels, kPanelsPerPiece));
   const int64_t ranges = ceil_div(panels, per_range);
   parallel_for(pieces * ranges, threads, [&](int64_t i, int) {
@@ -105,8 +110,7 @@ void by_product(const Problem& p, const Kernels& kernels, int threads) {
   Columns columns;
   Parts parts;
   char* packed;
-  parts.add(columns.scale, round_up(p.N, kPieceRows));
-  parts.add(columns.bias, round_up(p.N, kPieceRows));
+  add_columns(p, columns, parts);
   parts.add(packed, panels * bytes);
   parts.allocate();
   kernels.columns(p, columns);

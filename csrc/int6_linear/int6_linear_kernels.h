@@ -3,13 +3,12 @@
 //
 // Which loop runs is decided by M, the number of rows of x, because unpacking a weight costs as much as multiplying it
 // with five of them.
-//   bytes     the fewest rows of bfloat16, on CPUs with dot products of bytes: codes are bytes already, and x becomes
-//   two
-//             planes of bytes, x ~ step (256 high + low): 16 bits below the row's largest, twice what bfloat16 has
-//   dots      few rows: a weight is unpacked to a float (or bfloat16) in a register and meets up to 8 rows of x there
-//   product   more: unpacked weights are the left operand of the product, x its panels, and the result is turned; so no
-//             weight is unpacked twice, nor are 9 rows of x padded to a block of 14
-//             many: x is the left operand, and all weights are unpacked once, to panels
+//   bytes       the fewest rows of bfloat16, on CPUs with dot products of bytes: codes are bytes already, and x becomes
+//               two planes of bytes, x ~ step (256 high + low): 16 bits below the row's largest
+//   dots        few rows: a weight is unpacked to a number in a register and meets up to 12 rows of x there
+//   multiply_x  more: unpacked weights are the left operand of the product, x its panels, and the result is turned. No
+//               weight is unpacked twice, nor are rows of x padded to a block of the product
+//   multiply    many: x is the left operand, and all weights are unpacked once, to panels
 #pragma once
 #include <stdint.h>
 
@@ -29,11 +28,11 @@ struct Problem {
 
 constexpr int64_t row_bytes(int64_t K) { return (K + 3) / 4 * 3; }
 
-constexpr int64_t kPieceRows = 64;           // weight rows of a piece of dots: 24 KB of codes at K = 512
+constexpr int64_t kPieceRows = 48;           // weight rows of a piece of dots: 18 KB of codes at K = 512
 constexpr int64_t kChunk = 64;               // codes in 48 bytes
 constexpr int64_t kMaxBytesDepth = 1 << 16;  // K up to which sums of 16-bit numbers fit 32 bits
 
-// float32, with zeros from N to a multiple of kPieceRows.
+// float32, with zeros from N to a multiple of kPieceRows; another kPieceRows may be read.
 struct Columns {
   float *scale, *bias;
 };

@@ -107,13 +107,14 @@ PGOLF_INLINE void sum_lanes(const vf* v, float* out) {
 // The sums of acc[m][r] to sums[m * kPieceRows + r], or added to what is there.
 template <int ROWS, int BLOCK>
 PGOLF_INLINE void store_sums(const vf (&acc)[ROWS][BLOCK], bool add, float* sums) {
-  constexpr int kCount = ROWS * BLOCK, kWhole = kCount <= 4 ? 4 : kCount <= 8 ? 8 : 16;
+  constexpr int kCount = ROWS * BLOCK, kWhole = kCount <= 4 ? 4 : (kCount + 7) / 8 * 8;
   vf v[kWhole];
   float out[kWhole];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < kWhole; ++i) v[i] = i < kCount ? acc[i / BLOCK][i % BLOCK] : splat(0);
-  sum_lanes<kWhole>(v, out);
-#pragma GCC unroll 16
+  sum_lanes<kWhole <= 16 ? kWhole : 16>(v, out);
+  if constexpr (kWhole > 16) sum_lanes<kWhole - 16>(v + 16, out + 16);
+#pragma GCC unroll 32
   for (int m = 0; m < ROWS; ++m) {
     for (int r = 0; add && r < BLOCK; ++r) out[m * BLOCK + r] += sums[m * kPieceRows + r];
     memcpy(sums + m * kPieceRows, out + m * BLOCK, BLOCK * sizeof(float));
@@ -122,8 +123,9 @@ PGOLF_INLINE void store_sums(const vf (&acc)[ROWS][BLOCK], bool add, float* sums
 
 // --- dots ---
 
-constexpr int kAccumulators = kLanes == 16 ? 16 : 8;
-constexpr int kDotsRows = kLanes == 16 ? 8 : 4;  // rows of x at a time
+// Of 32 or 16 registers; with few rows of x the weights take more of them.
+constexpr int accumulators_for(int rows) { return kLanes < 16 ? 8 : rows <= 4 ? 16 : 24; }
+constexpr int kDotsRows = kLanes == 16 ? 12 : 4;  // rows of x at a time, at most
 PGOLF_INLINE void multiply_add(vf& acc, vf a, vf b) { acc += a * b; }
 #if defined(__AVX512BF16__)
 PGOLF_INLINE void multiply_add(vf& acc, vi a, vi b) {
@@ -133,29 +135,30 @@ PGOLF_INLINE void multiply_add(vf& acc, vi a, vi b) {
 
 // A lane adds this many products before they join the others: float32's error grows with the length of a sum.
 constexpr int64_t kDotsDepth = 256 * kLanes;
-// Weight rows at a time.
+// Weight rows at a time: 8, 6, 4, 3, 2 or 1, which divide kPieceRows.
 constexpr int kMaxBlock = 8;
 constexpr int block_for(int rows, int accumulators) {
-  int block = 1;
-  while (block < kMaxBlock && 2 * block * rows <= accumulators) block *= 2;
-  return block;
+  const int blocks[] = {8, 6, 4, 3, 2};
+  for (int block : blocks)
+    if (block * rows <= accumulators) return block;
+  return 1;
 }
 
 // x: chunks `stride` elements apart.
 template <class T, int ROWS>
 PGOLF_INLINE void dot_block(const uint8_t* packed, int64_t bytes, int64_t K, const Element<T>* x, int64_t stride,
                             bool add, float* sums) {
-  constexpr int kBlock = block_for(ROWS, kAccumulators), kVectors = kStepVectors<T>;
+  constexpr int kBlock = block_for(ROWS, accumulators_for(ROWS)), kVectors = kStepVectors<T>;
   using Vector = WeightVector<T>;
   vf acc[ROWS][kBlock];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < ROWS * kBlock; ++i) acc[i / kBlock][i % kBlock] = splat(0);
   for (int64_t k = 0; k < K; k += kChunk, x += stride) {
     for (int64_t step = 0; step < kChunk; step += kStepCodes<T>, packed += kStepBytes<T>) {
       Vector w[kBlock][kVectors];
 #pragma GCC unroll 8
       for (int r = 0; r < kBlock; ++r) unpack_step<T>(packed + r * bytes, w[r]);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int i = 0; i < ROWS * kVectors; ++i) {
         const int m = i / kVectors, v = i % kVectors;
         const Vector right = read<Vector>(x + m * kChunk + step + v * (kStepCodes<T> / kVectors));
@@ -269,7 +272,7 @@ int64_t dots_work(const Problem& p) {
 template <class T, int ROWS>
 void sum_dots(const Problem& p, const Activations& a, int64_t m, int64_t first, int64_t count, float* sums,
               uint8_t* copy) {
-  constexpr int kBlock = block_for(ROWS, kAccumulators);
+  constexpr int kBlock = block_for(ROWS, accumulators_for(ROWS));
   const int64_t bytes = row_bytes(p.K);
   const Element<T>* x = (const Element<T>*)a.rows + m * kChunk;
   for (int64_t i = 0; i < count; i += kBlock) {
@@ -295,11 +298,10 @@ void sum_bytes(const Problem& p, const Activations& a, int64_t m, int64_t first,
 
 using Sum = void (*)(const Problem&, const Activations&, int64_t, int64_t, int64_t, float*, uint8_t*);
 template <class T>
-constexpr Sum kDots[] = {sum_dots<T, 1>, sum_dots<T, 2>, sum_dots<T, 3>,
-                         sum_dots<T, 4>,
+constexpr Sum kDots[] = {sum_dots<T, 1>,  sum_dots<T, 2>,  sum_dots<T, 3>, sum_dots<T, 4>,
 #if defined(__AVX512F__)
-                         sum_dots<T, 5>, sum_dots<T, 6>, sum_dots<T, 7>,
-                         sum_dots<T, 8>
+                         sum_dots<T, 5>,  sum_dots<T, 6>,  sum_dots<T, 7>, sum_dots<T, 8>, sum_dots<T, 9>,
+                         sum_dots<T, 10>, sum_dots<T, 11>, sum_dots<T, 12>
 #endif
 };
 #if defined(__AVX512VNNI__)
@@ -319,8 +321,10 @@ void dots_as(const Problem& p, const Activations& a, const Columns& columns, int
   uint8_t* copy = (uint8_t*)(sums + p.M * kPieceRows);
   for (int64_t m = 0, rows; m < p.M; m += rows) {
     const bool bytes = a.step[m] > 0;
-    const int64_t most = bytes ? kMaxBytesRows : kDotsRows;
-    for (rows = 1; rows < most && m + rows < p.M && (a.step[m + rows] > 0) == bytes;) ++rows;
+    int64_t run = 1;
+    while (m + run < p.M && (a.step[m + run] > 0) == bytes) ++run;
+    const int64_t most = bytes ? kMaxBytesRows : kDotsRows, groups = (run + most - 1) / most;
+    rows = (run + groups - 1) / groups;  // 16 as 8 and 8, not 12 and 4
     (bytes ? kBytes : kDots<T>)[rows - 1](p, a, m, first, count, sums, copy);
   }
   for (int64_t m = 0; m < p.M; ++m)

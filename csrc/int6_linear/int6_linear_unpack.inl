@@ -133,7 +133,7 @@ PGOLF_INLINE const uint8_t* readable_rows(const Problem& p, int64_t first, int64
   const uint8_t* rows = p.packed + first * bytes;
   if (wanted + kReadAhead <= left) return rows;
   const int64_t there = wanted < left ? wanted : left;
-  if (there) memcpy(copy, rows, there);  // an empty weight has no address
+  if (there > 0) memcpy(copy, rows, there);  // without columns there is no address
   memset(copy + there, 0, wanted + kReadAhead - there);
   return copy;
 }

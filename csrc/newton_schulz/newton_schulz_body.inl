@@ -64,10 +64,9 @@ PGOLF_INLINE void transpose_square(const T* in, int64_t pitch, T* out, int64_t o
 #endif
 }
 
+// nothrow: or the tiles' release below would bring in the linker's shared exception handler.
 template <class T>
-void multiply_panels(const Product& q, int64_t first, int64_t last, void* memory) {
-  const TileScope tiles;
-  (void)tiles;
+__attribute__((nothrow)) void multiply_panels(const Product& q, int64_t first, int64_t last, void* memory) {
   Word<T>* packed = (Word<T>*)memory;
   float* sums = (float*)(packed + kPanel * kChunk<T> / kPerWord<T>);
   const Left<T> left = {(T*)q.left, left_pitch<T>(q.depth), q.rows};
@@ -84,7 +83,7 @@ void multiply_panels(const Product& q, int64_t first, int64_t last, void* memory
   };
   // Not inlined: the compiler would write it out once per step of product(), and spend a sixth of the time on
   // addresses.
-  const auto emit = [&](int64_t i, int64_t p, float* c) __attribute__((noinline, nothrow)) {
+  const auto emit = [&](int64_t i, int64_t p, float* c) __attribute__((noinline)) {
     const int64_t column = p * kPanel, at = i * pitch + column;
 #pragma GCC unroll 2
     for (int64_t j = 0; j < kPanel; j += kLanes) {
@@ -105,6 +104,13 @@ void multiply_panels(const Product& q, int64_t first, int64_t last, void* memory
     }
   };
   product<T>(left, q.depth, first, last, sums, from, panel, emit);
+}
+
+template <class T>
+void multiply_in_tiles(const Product& q, int64_t first, int64_t last, void* memory) {
+  const TileScope tiles;
+  (void)tiles;
+  multiply_panels<T>(q, first, last, memory);
 }
 
 template <class T>
@@ -251,7 +257,7 @@ void store_as(const void* matrix, int64_t rows, int64_t columns, bool transpose,
 template <class T, class Out>
 constexpr Loops loops() {
   return {std::is_same_v<T, bf16>, bytes<T>,     product_bytes<T>, clear<T>, squares, normalize<T>,
-          multiply_panels<T>,      take_mean<T>, store_as<T, Out>};
+          multiply_in_tiles<T>,    take_mean<T>, store_as<T, Out>};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 """The C++ int6_linear at every instruction-set level this CPU has: accuracy, exact codes, memory safety, threads.
 
-What runs is decided by M, so M takes both sides of every border: 2, 3 and 4, 5 (bytes, then dots), 8, 9 (the product),
-16, 17 (half a panel, a whole one), 33 (a second one), 128, 129 (x on the left).
+What runs is decided by M, so M takes both sides of every border: 2, 3 and 4, 5 (bytes, then dots), 12, 13 (one group of
+dots, two), 8, 9 and 24, 25 (the product), 16, 17 and 33 (whole and half panels of it), 128, 129 (x on the left).
 """
 
 import pytest
@@ -15,8 +15,8 @@ from pgolf_kernels.ops.int6_linear import Int6Weight, cpu, int6_linear, op, quan
 
 pytestmark = pytest.mark.skipif(extension.cpu is None, reason=str(extension.WHY_NOT_CPU))
 DTYPES = [torch.float32, torch.bfloat16]
-ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 128, 129]
-# (N, K): the least; tails of a group of 4 codes, of a chunk of 64 and of a pair of bfloat16; a second piece of 64
+ROWS = [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 33, 128, 129]
+# (N, K): the least; tails of a group of 4 codes, of a chunk of 64 and of a pair of bfloat16; a second piece of 48
 # weight rows, with a tail; a second chunk of the product's depth, and of the generic dots'.
 SIZES = [(1, 1), (3, 5), (17, 63), (5, 66), (70, 130), (9, 1100)]
 
@@ -41,11 +41,12 @@ def poisoned(monkeypatch):
 def check(x, weight, bias, isa):
     w = weight.dequantize(torch.float64)
     exact = F.linear(x.double(), w, None if bias is None else bias.double())
+    largest = (x.double().abs() @ w.abs().T).max().item()
     assert_as_accurate(
         forward(x, weight, bias, isa),
         F.linear(x, w.to(x.dtype), bias),
         exact,
-        scale=(x.double().abs() @ w.abs().T).max().item(),
+        scale=largest if bias is None else max(largest, bias.abs().max().item()),
         factor=2.0,
     )
 
@@ -63,7 +64,7 @@ def test_forward(isa, dtype, rows, poisoned):
 def test_error_is_torchs_on_average(isa, dtype):
     """The largest error may hide a lost bit behind the output's rounding; the mean square does not. Deep, and cold to
     chance: 512 outputs of 4200 products."""
-    for rows in (1, 4, 8, 16, 130):
+    for rows in (1, 4, 8, 16, 32, 130):
         x, weight, _ = make(rows, 512 // rows + 1, 4200, dtype)
         w = weight.dequantize(torch.float64)
         exact = x.double() @ w.T
@@ -88,7 +89,7 @@ def test_every_code_in_every_place(isa, dtype):
     k = 140  # two chunks and a tail
     codes = ((torch.arange(64)[:, None] + 7 * torch.arange(k)) % 64 - 32).to(torch.int8)
     weight, units = Int6Weight(reference.pack(codes), torch.ones(64).half(), (64, k)), torch.eye(k, dtype=dtype)
-    for rows in (1, 2, 4, 8, 16, k):
+    for rows in (1, 2, 4, 8, 16, 30, k):
         y = torch.cat([forward(x, weight, None, isa) for x in units.split(rows)])
         assert y.equal(codes.T.to(dtype)), rows
 
@@ -111,7 +112,7 @@ def test_scales_of_every_size():
         assert forward(torch.ones(1, 1), weight, None, isa).equal(scale.float()[None]), isa
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 9, 129])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 13, 30, 129])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", LEVELS)
 def test_rows_do_not_see_each_other(isa, dtype, rows):
@@ -129,7 +130,9 @@ def test_rows_do_not_see_each_other(isa, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1536, 512), (4, 1536, 512), (20, 500, 512), (200, 130, 300)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1536, 512), (4, 1536, 512), (20, 500, 512), (40, 500, 512), (200, 130, 300)], ids=str
+)
 def test_threads_change_nothing(sizes, dtype):
     """Sizes at which a second thread is used."""
     x, weight, bias = make(*sizes, dtype)
@@ -160,7 +163,7 @@ def test_touches_nothing_beyond_its_arguments(isa, dtype, at_end):
     assert in_child(run) == 0
 
 
-@pytest.mark.parametrize("rows", [1, 4, 9, 129])
+@pytest.mark.parametrize("rows", [1, 4, 9, 30, 129])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_views_and_odd_addresses(dtype, rows):
     x, weight, bias = make(rows, 70, 130, dtype)
