@@ -23,7 +23,7 @@ bench: $(VENV)/.tested
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cuh' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 setup: $(VENV)/.built
 
