@@ -1,7 +1,8 @@
 """The C++ attention kernel at every instruction-set level this CPU has: accuracy, memory safety, threads.
 
-Shapes: one token; T = 33 and d = 9 leave tails in panels, vectors and pairs; T = 70 crosses blocks of rows for every
-level; T = 600 crosses a block of queries; d = 80 is more than one panel and not a multiple of two.
+Shapes: one token, in a batch, because PyTorch is often exact by luck on a few numbers; T = 33 and d = 9 leave tails in
+panels, vectors and pairs; T = 70 crosses blocks of rows for every level; T = 600 crosses a block of queries; d = 80 is
+more than one panel and not a multiple of two.
 """
 
 import pytest
@@ -13,7 +14,7 @@ from pgolf_kernels import causal_attention, extension
 from pgolf_kernels.ops.causal_attention import cpu, reference
 
 pytestmark = pytest.mark.skipif(extension.cpu is None, reason=str(extension.WHY_NOT_CPU))
-SHAPES = [(1, 1, 1, 1, 8), (2, 33, 4, 2, 9), (1, 70, 3, 1, 80), (1, 600, 2, 2, 16)]  # B, T, H, Hkv, d
+SHAPES = [(50, 1, 1, 1, 8), (2, 33, 4, 2, 9), (1, 70, 3, 1, 80), (1, 600, 2, 2, 16)]  # B, T, H, Hkv, d
 
 
 def make(shape, dtype):
