@@ -10,8 +10,8 @@ from numerics import DEVICES, assert_as_accurate, forward_and_grads
 from pgolf_kernels import causal_attention
 from pgolf_kernels.ops.causal_attention import op
 
-# B, T, H, Hkv, d: one token, in a batch, as PyTorch is often exact by luck on a few numbers; plain heads; GQA with an odd
-# length; one shared head, odd batch; a real layer's heads
+# B, T, H, Hkv, d: one token, in a batch, as PyTorch is often exact by luck on a few numbers; plain heads; GQA with an
+# odd length; one shared head, odd batch; a real layer's heads
 SHAPES = [(50, 1, 1, 1, 8), (2, 16, 4, 4, 16), (2, 33, 4, 2, 16), (3, 17, 3, 1, 8), (1, 130, 8, 4, 64)]
 
 
