@@ -58,6 +58,11 @@ def forced(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def meant(name: str) -> str:
+    """The implementation an op is asked for: `name`, or what "auto" means here."""
+    return _forced[-1] if name == "auto" else name
+
+
 def always(*_args) -> None:
     """The `why_not` of a reference: it runs everywhere."""
 
@@ -75,7 +80,7 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
     """
     if name is ASK:
         raise Asked(impls, args)
-    name = _forced[-1] if name == "auto" else name
+    name = meant(name)
     skipped = []
     # Nobody expects a GPU kernel on a CPU, or the reverse: such a refusal is no reason to warn.
     on_gpu = any(getattr(getattr(arg, "device", None), "type", None) == "cuda" for arg in args)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from numerics import DEVICES, assert_as_accurate, forward_and_grads
 
+from pgolf_kernels import dispatch
 from pgolf_kernels.ops.int6_linear import Int6Weight, int6_linear, op, quantize_int6, reference
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden/int6.npz")
@@ -257,3 +258,11 @@ def test_quantising_twice_gives_the_same_bytes():
 def test_errors_say_what_and_why(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_forced_implementation_is_the_one_that_runs():
+    """Calls of one row take a shorter way than the other ops' choice, and must not pass it by."""
+    weight = quantize_int6(torch.randn(8, 16))
+    with dispatch.forced("reference"):
+        int6_linear(torch.randn(1, 16), weight)
+    assert dispatch.CHOSEN["int6_linear"] == "reference"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...dispatch import CHOSEN, LIBRARY, Impl, always, choose, require
+from ...dispatch import CHOSEN, LIBRARY, Impl, always, choose, meant, require
 from . import cpu, reference
 from .weight import Int6Weight
 
@@ -55,7 +55,7 @@ def int6_linear(x: Tensor, weight: Int6Weight, bias: Tensor | None = None, impl:
     """
     _check(x, weight, bias)
     args = (x, weight.packed, weight.scale, bias)
-    if impl in ("auto", "cpu") and cpu.why_not(*args) is None:  # what choose would find, a microsecond earlier
+    if meant(impl) in ("auto", "cpu") and cpu.why_not(*args) is None:  # what choose would find, a microsecond earlier
         CHOSEN[OP] = "cpu"
         return cpu.run(*args)
     return choose(OP, IMPLS, impl, *args).run(*args)
