@@ -8,13 +8,7 @@
 namespace pgolf::causal_attention {
 namespace {
 
-// Best first; the last runs everywhere.
-const Unit<Kernels> kUnits[] = {
-#if PGOLF_X86
-    {4, &amx::kKernels},     {3, &avx512bf16::kKernels}, {2, &avx512::kKernels}, {1, &avx2::kKernels},
-#endif
-    {0, &generic::kKernels},
-};
+const Unit<Kernels> kUnits[] = {PGOLF_UNITS};
 
 template <class Piece>
 void over_heads(const Problem& p, int64_t bytes, int threads, const Piece& piece) {

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/units.h"
 
 namespace pgolf::causal_attention {
 
@@ -36,20 +37,6 @@ struct Kernels {
   void (*backward)(const Problem&, const Backward&, int64_t b, int64_t kv, char* memory);
 };
 
-namespace generic {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512bf16 {
-extern const Kernels kKernels;
-}
-namespace amx {
-extern const Kernels kKernels;
-}
+PGOLF_DECLARE_UNITS
 
 }  // namespace pgolf::causal_attention

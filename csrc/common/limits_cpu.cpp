@@ -11,16 +11,12 @@
 #include "common/scratch.h"
 
 namespace pgolf {
-namespace {
 
-// Best first; the last runs everywhere.
-const Unit<limits::Kernels> kUnits[] = {
-#if PGOLF_X86
-    {4, &limits::amx::kKernels},     {3, &limits::avx512bf16::kKernels},
-    {2, &limits::avx512::kKernels},  {1, &limits::avx2::kKernels},
-#endif
-    {0, &limits::generic::kKernels},
-};
+namespace limits {
+static const Unit<Kernels> kUnits[] = {PGOLF_UNITS};
+}
+
+namespace {
 
 constexpr int kRounds = 20;
 constexpr double kRoundSeconds = 0.01;
@@ -45,7 +41,7 @@ double best_rate(const Work& work) {
 }  // namespace
 
 double peak_operations(DType dtype, int threads, const std::string& isa) {
-  const auto& kernels = choose(kUnits, isa, "limits");
+  const auto& kernels = choose(limits::kUnits, isa, "limits");
   threads = std::max(1, threads);
   std::vector<Scratch<char>> operands(threads);
   for (auto& own : operands) kernels.fill(dtype, own.need(kernels.operand_bytes(dtype)));
@@ -61,7 +57,7 @@ double peak_operations(DType dtype, int threads, const std::string& isa) {
 
 double read_bandwidth(int64_t bytes, int threads, const std::string& isa) {
   PGOLF_CHECK(bytes > 0, "limits: bytes must be > 0, got ", bytes);
-  const auto& kernels = choose(kUnits, isa, "limits");
+  const auto& kernels = choose(limits::kUnits, isa, "limits");
   threads = std::max(1, threads);
   const int64_t n = (bytes / 4 + 255) / 256 * 256;
   std::vector<Scratch<float>> memory(threads);

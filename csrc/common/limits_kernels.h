@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/units.h"
 
 namespace pgolf::limits {
 
@@ -15,20 +16,6 @@ struct Kernels {
   float (*read)(const float* x, int64_t n);
 };
 
-namespace generic {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512bf16 {
-extern const Kernels kKernels;
-}
-namespace amx {
-extern const Kernels kKernels;
-}
+PGOLF_DECLARE_UNITS
 
 }  // namespace pgolf::limits

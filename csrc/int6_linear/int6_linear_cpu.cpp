@@ -10,13 +10,7 @@
 namespace pgolf::int6_linear {
 namespace {
 
-// Best first; the last runs everywhere.
-const Unit<Kernels> kUnits[] = {
-#if PGOLF_X86
-    {4, &amx::kKernels},     {3, &avx512bf16::kKernels}, {2, &avx512::kKernels}, {1, &avx2::kKernels},
-#endif
-    {0, &generic::kKernels},
-};
+const Unit<Kernels> kUnits[] = {PGOLF_UNITS};
 
 // A thread pays from this much of its own work on: waking it takes a few microseconds.
 constexpr int64_t kBytesPerThread = 192 << 10;  // of packed codes

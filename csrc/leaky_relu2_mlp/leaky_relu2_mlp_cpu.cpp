@@ -13,13 +13,7 @@
 
 namespace pgolf::leaky_relu2_mlp {
 
-// Best first; the last runs everywhere.
-static const Unit<Kernels> kUnits[] = {
-#if PGOLF_X86
-    {4, &amx::kKernels},     {3, &avx512bf16::kKernels}, {2, &avx512::kKernels}, {1, &avx2::kKernels},
-#endif
-    {0, &generic::kKernels},
-};
+static const Unit<Kernels> kUnits[] = {PGOLF_UNITS};
 
 constexpr int64_t kMostRows = 256;       // of a piece; more would only make the pieces uneven
 constexpr int64_t kStretch = 2048;       // rows whose dp is in memory at a time, at least

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/units.h"
 
 namespace pgolf::leaky_relu2_mlp {
 
@@ -70,20 +71,6 @@ struct Kernels {
   Loops float32, bfloat16;
 };
 
-namespace generic {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512bf16 {
-extern const Kernels kKernels;
-}
-namespace amx {
-extern const Kernels kKernels;
-}
+PGOLF_DECLARE_UNITS
 
 }  // namespace pgolf::leaky_relu2_mlp

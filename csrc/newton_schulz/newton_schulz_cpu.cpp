@@ -21,13 +21,7 @@
 
 namespace pgolf::newton_schulz {
 
-// Best first; the last runs everywhere.
-static const Unit<Kernels> kUnits[] = {
-#if PGOLF_X86
-    {4, &amx::kKernels},     {3, &avx512bf16::kKernels}, {2, &avx512::kKernels}, {1, &avx2::kKernels},
-#endif
-    {0, &generic::kKernels},
-};
+static const Unit<Kernels> kUnits[] = {PGOLF_UNITS};
 
 namespace {
 

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/units.h"
 
 namespace pgolf::newton_schulz {
 
@@ -57,15 +58,6 @@ struct Kernels {
   Loops precise;  // bfloat16 outside, float inside
 };
 
-#define PGOLF_DECLARE(isa)       \
-  namespace isa {                \
-  extern const Kernels kKernels; \
-  }
-PGOLF_DECLARE(generic)
-PGOLF_DECLARE(avx2)
-PGOLF_DECLARE(avx512)
-PGOLF_DECLARE(avx512bf16)
-PGOLF_DECLARE(amx)
-#undef PGOLF_DECLARE
+PGOLF_DECLARE_UNITS
 
 }  // namespace pgolf::newton_schulz

@@ -10,13 +10,7 @@
 
 namespace pgolf::slot {
 
-// Best first; the last runs everywhere.
-static const Unit<Kernels> kUnits[] = {
-#if PGOLF_X86
-    {4, &amx::kKernels},     {3, &avx512bf16::kKernels}, {2, &avx512::kKernels}, {1, &avx2::kKernels},
-#endif
-    {0, &generic::kKernels},
-};
+static const Unit<Kernels> kUnits[] = {PGOLF_UNITS};
 
 // Rows whose gradients are summed apart before they join the window's: at 2048 rows half the error of one float32 sum.
 constexpr int64_t kRowsPerSum = 64;

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/units.h"
 
 namespace pgolf::slot {
 
@@ -75,20 +76,6 @@ struct Kernels {
   void (*shift)(const Head&, const float* b, const float* b0, float cap, float* w, float* w_over_square);
 };
 
-namespace generic {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512bf16 {
-extern const Kernels kKernels;
-}
-namespace amx {
-extern const Kernels kKernels;
-}
+PGOLF_DECLARE_UNITS
 
 }  // namespace pgolf::slot

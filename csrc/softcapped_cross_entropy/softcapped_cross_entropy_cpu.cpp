@@ -7,13 +7,7 @@
 
 namespace pgolf::softcapped_cross_entropy {
 
-// Best first; the last runs everywhere.
-static const Unit<Kernels> kUnits[] = {
-#if PGOLF_X86
-    {4, &amx::kKernels},     {3, &avx512bf16::kKernels}, {2, &avx512::kKernels}, {1, &avx2::kKernels},
-#endif
-    {0, &generic::kKernels},
-};
+static const Unit<Kernels> kUnits[] = {PGOLF_UNITS};
 
 void loss_and_grad(const Problem& p, const Outputs& out, int threads, const std::string& isa) {
   PGOLF_CHECK(p.V > 0, "softcapped_cross_entropy: V must be > 0, got ", p.V);

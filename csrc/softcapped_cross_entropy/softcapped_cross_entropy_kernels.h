@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/units.h"
 
 namespace pgolf::softcapped_cross_entropy {
 
@@ -33,20 +34,6 @@ struct Kernels {
   void (*loss_and_grad)(const Problem&, const Outputs&, const void* packed, int64_t first, char* memory);
 };
 
-namespace generic {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx512bf16 {
-extern const Kernels kKernels;
-}
-namespace amx {
-extern const Kernels kKernels;
-}
+PGOLF_DECLARE_UNITS
 
 }  // namespace pgolf::softcapped_cross_entropy
