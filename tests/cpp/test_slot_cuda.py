@@ -106,7 +106,7 @@ def test_as_accurate_as_the_reference(device, size, dtype, norm, softcap):
     if size[2] > 100 and device == "cpu":  # a second and a half for each product with so large a weight
         forms = [("bias", "window"), ("bias", "batch")]
     for parameters, share in forms:
-        inputs = make(size, norm, dtype, device)
+        inputs = make(size, norm, dtype, device, batch=2 if size[0] > 100 else 5)  # few losses are exact by luck
         rows = torch.rand(inputs[2].shape, device=device) < 0.5
         options = rows, norm, softcap, parameters, share
 
