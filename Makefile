@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+OTHER_TRITON := 3.6.0 # of machines with torch 2.11: the tests compile every kernel with it too
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test bench lint setup clean
@@ -46,4 +47,5 @@ $(VENV)/.built: $(VENV)/bin/python constraints.txt $(SOURCES)
 
 $(VENV)/.tested: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --quiet $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON)
 	@touch $@ $(VENV)/.built

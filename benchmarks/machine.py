@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ def environment_for(isa: str | None, malloc: str) -> dict[str, str]:
     if isa in PEER_ISA:
         aten, onednn, mkl = PEER_ISA[isa]
         variables |= {"ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
+        # torch.compile's cache does not know of levels: what it kept for a better one gives infinities on this one.
+        variables["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"pgolf_torchinductor_{isa}"))
     if isa:
         variables["PGOLF_ISA"] = isa
     if malloc == "tuned":

@@ -1,6 +1,7 @@
 """Search the tiles of the Triton kernels on this GPU: `python -m benchmarks.tune [OP ...]` prints JSON, fastest first.
 
-Nothing runs this by itself: kernels ship with a fixed table, because compiling candidates costs minutes of a timed job.
+Nothing runs this by itself: kernels ship with tables (pgolf_kernels/tiles), because compiling candidates costs minutes
+of a timed job. --write makes the fastest ones this machine's own table, which then comes before the shipped ones.
 Candidates compile in parallel processes first (Triton's cache on disk hands them over), then each result is checked
 against PyTorch and timed.
 """
@@ -17,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from triton.testing import do_bench
 
+from pgolf_kernels import tiles
 from pgolf_kernels.ops.leaky_relu2_mlp import reference as mlp_reference
 from pgolf_kernels.ops.leaky_relu2_mlp import triton_kernel as mlp
 from pgolf_kernels.ops.softcapped_cross_entropy import op as ce_op
@@ -164,17 +166,53 @@ def tune_softcapped_cross_entropy() -> dict:
 TUNERS = {"leaky_relu2_mlp": tune_leaky_relu2_mlp, "softcapped_cross_entropy": tune_softcapped_cross_entropy}
 
 
+# What a result is called, and the rows of a table it becomes: op, kernel, name of the bound.
+_TABLE = {
+    "up": ("leaky_relu2_mlp", "up", "max_hidden"),
+    "dp": ("leaky_relu2_mlp", "dp", "max_hidden"),
+    "row kernel": ("softcapped_cross_entropy", "row", "max_block"),
+}
+
+
+def add_to_table(table: dict, what: str, rows: list[dict]) -> None:
+    """Enter the fastest candidate of "up 1536", say; results come in the order of their sizes."""
+    name, _, size = what.rpartition(" ")
+    if name not in _TABLE or "ms" not in rows[0]:
+        return
+    op, kernel, bound = _TABLE[name]
+    best = rows[0]["config"]
+    fields = best._asdict() if hasattr(best, "_asdict") else {"num_warps": best}
+    entries = table.setdefault(op, {}).setdefault(kernel, [])
+    entries[:] = [entry for entry in entries if bound in entry] + [{bound: int(size)} | fields]
+
+
+def close_table(table: dict) -> None:
+    """The row of the largest size measured serves all beyond it, too."""
+    for kernels in table.values():
+        for entries in kernels.values():
+            last = {key: value for key, value in entries[-1].items() if not key.startswith("max_")}
+            entries[-1] = last
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"one of {list(TUNERS)}; all by default")
+    parser.add_argument("--write", action="store_true", help="keep the fastest ones as this machine's own table")
     options = parser.parse_args()
     if unknown := set(options.ops) - set(TUNERS):
         parser.error(f"nothing to tune for {sorted(unknown)}; expected {list(TUNERS)}")
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA GPU")
+    found = {}
     for op in options.ops or TUNERS:
         for what, rows in TUNERS[op]().items():
             print(json.dumps({"op": op, "what": what, "gpu": torch.cuda.get_device_name(), "result": rows}), flush=True)
+            add_to_table(found, what, rows)
+    if options.write:
+        close_table(found)
+        path = tiles.own_file(tiles.gpu(torch.device(DEVICE, 0)))
+        tiles.write(path, (tiles.read(path) if path.exists() else {}) | found)
+        print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

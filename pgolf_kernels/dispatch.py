@@ -113,6 +113,45 @@ def why_not_triton(*tensors: Tensor) -> str | None:
     return None
 
 
+# Releases in which products of a transposed accumulator came out wrong on Hopper, silently:
+# https://github.com/fla-org/flash-linear-attention/issues/640
+_SUSPECT_TRITON = ((3, 4), (3, 8))
+_checked: set[tuple[str, torch.device]] = set()
+
+
+def _suspect(device: torch.device) -> bool:
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return on_hopper and _SUSPECT_TRITON[0] <= version < _SUSPECT_TRITON[1]
+
+
+def self_check(op: str, device: torch.device, probe: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    """Before the first launch of an op on a device where Triton has miscompiled: let probe() return (ours, float64's).
+
+    Raises:
+        RuntimeError: ours is off by more than 2 %, a hundred times what 16 bits cost or less.
+    """
+    if (op, device) in _checked:
+        return
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return  # nothing can be read back here; the next launch outside a graph is checked
+    _checked.add((op, device))  # the probe launches, too
+    if not _suspect(device):
+        return
+    ours, exact = probe()
+    error = float((ours.double() - exact).norm() / exact.norm())
+    if not error <= 0.02:
+        _checked.discard((op, device))
+        import triton
+
+        raise RuntimeError(
+            f"{op}: Triton {triton.__version__} compiles this kernel wrongly on {torch.cuda.get_device_name(device)} "
+            f"(relative error {error:.1e} on a small problem); use impl='reference', or another release of Triton"
+        )
+
+
 def require(condition: bool, op: str, must: str, got: object, advice: str = "") -> None:
     """Raise ValueError('op: must, got ...; advice') unless `condition`."""
     if not condition:

@@ -64,7 +64,8 @@ def test_measured_limits_are_in_order():
 def test_another_instruction_set_or_allocator_needs_a_new_process():
     assert machine.environment_for(None, "default") == {}
     assert machine.environment_for("avx2", "tuned").keys() == {
-        "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PGOLF_ISA", "GLIBC_TUNABLES",
+        "ATEN_CPU_CAPABILITY",
+        "TORCHINDUCTOR_CACHE_DIR", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PGOLF_ISA", "GLIBC_TUNABLES",
     }  # fmt: skip
     code = (
         "import torch; from benchmarks.machine import describe_machine as d; m = d('cpu'); print(m['isa'], m['malloc'])"

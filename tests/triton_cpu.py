@@ -1,36 +1,19 @@
-"""Triton kernels without a GPU: the interpreter with a true bfloat16, and machine code compiled ahead of time.
+"""Triton kernels without a GPU: the interpreter with a true bfloat16.
 
 Triton's interpreter holds bfloat16 as uint16 and computes with the bits (https://github.com/triton-lang/triton/issues/11584):
 tl.dot and arithmetic are silently wrong and conversions truncate. Importing this module under TRITON_INTERPRET=1
 corrects that. Triton reads the variable when a kernel is defined, so interpreted tests need a process of their own.
-
-`machine_code` compiles what a launcher would launch, for any NVIDIA architecture, with the launch's specialisation.
 """
 
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
-import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime import interpreter
-from triton.runtime.jit import JITFunction
 
 from pgolf_kernels.dispatch import TRITON_INTERPRETED
-
-MAX_SHARED_BYTES = 227 * 1024  # per block, compute capability 9.0 and 10.0
-_DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin"
-_INSTRUCTIONS = r"\b(HGMMA|HMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS|STL|LDL)\b"
 
 
 def _is_bfloat16(handle: object) -> bool:
@@ -130,81 +113,3 @@ def record_ops():
 
     with Recorder():
         yield names
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """What ptxas made of one kernel. `instructions` counts the SASS mnemonics named in _INSTRUCTIONS."""
-
-    kernel: str
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
-    instructions: dict[str, int]
-
-    @property
-    def spills(self) -> bool:
-        return self.stack_bytes > 0 or any(self.instructions.get(name) for name in ("STL", "LDL"))
-
-
-class _NoGpu(DriverBase):
-    """Answers the questions a compilation asks, for a GPU that is not there."""
-
-    def __init__(self, capability: int):
-        self.capability = capability
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_benchmarker(self):
-        raise RuntimeError("nothing can be timed without a GPU")
-
-
-def machine_code(launch: Callable[[int], None], capability: int) -> list[MachineCode]:
-    """Compile, without running, each kernel that launch(capability) launches, once; capability as in 90 for sm_90.
-
-    It replaces Triton's driver for good: call it in a process of its own.
-    """
-    triton.runtime.driver.set_active(_NoGpu(capability))
-    compiled, run = [], JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **options):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
-        return compiled[-1]
-
-    JITFunction.run = compile_only
-    try:
-        launch(capability)
-    finally:
-        JITFunction.run = run
-    return [_inspect(kernel) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
-
-
-def _inspect(kernel) -> MachineCode:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(kernel.asm["cubin"])
-        usage = _disassemble("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _disassemble("nvdisasm", "-c", cubin.name)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    counts = Counter(re.findall(_INSTRUCTIONS, sass))
-    return MachineCode(kernel.metadata.name, registers, stack, kernel.metadata.shared, dict(counts))
-
-
-def _disassemble(tool: str, *args: str) -> str:
-    return subprocess.run([_DISASSEMBLER / tool, *args], capture_output=True, text=True, check=True).stdout

@@ -223,6 +223,15 @@ def test_triton_keeps_nan_and_zero(device):
 
 @needs_triton
 @pytest.mark.parametrize("device", TRITON_DEVICES)
+def test_triton_probe_is_within_its_bound(device):
+    from pgolf_kernels.ops.leaky_relu2_mlp import triton_kernel
+
+    ours, exact = triton_kernel.probe(torch.device(device))
+    assert (ours.double() - exact).norm() <= 0.01 * exact.norm()
+
+
+@needs_triton
+@pytest.mark.parametrize("device", TRITON_DEVICES)
 def test_triton_registration(device):
     x, w_up, w_down, dy = inputs(((33,), 24, 40), device, torch.bfloat16)
     a = torch.ops.pgolf.leaky_relu2_mlp_triton(x, w_up, w_down, 0.5)[1]

@@ -8,7 +8,7 @@ other way round: dp stays in the cache for the products after it, so forward and
 import torch
 from torch import Tensor
 
-from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, why_not_triton
+from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, self_check, why_not_triton
 from . import cpu, reference
 
 OP = "leaky_relu2_mlp"
@@ -41,6 +41,7 @@ LIBRARY.define("leaky_relu2_dp_triton(Tensor dy, Tensor w_down, Tensor a, float 
 def _forward(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: float) -> tuple[Tensor, Tensor]:
     from . import triton_kernel  # Triton may be missing, and takes a second to import
 
+    self_check(OP, x.device, lambda: triton_kernel.probe(x.device))
     a = triton_kernel.up(x, w_up, negative_slope)
     return a @ w_down.T, a
 

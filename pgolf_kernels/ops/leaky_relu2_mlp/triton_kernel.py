@@ -15,7 +15,6 @@ zero of the negative side (s = 0, or underflow) reads 9e-41.
     here                 write a      read a | read a   write dp   read a, dp, dp     7    (1 kept)
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -24,11 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
-class Machine(NamedTuple):
-    capability: tuple[int, int]
-    num_sms: int
-    shared_bytes: int  # per block, opt-in
+from ... import tiles
+from ...tiles import Gpu
 
 
 class Tiling(NamedTuple):
@@ -40,16 +36,6 @@ class Tiling(NamedTuple):
     split_epilogue: bool  # store a tile in two halves: half the shared memory for the epilogue
     programs_per_sm: int  # persistent programs on each multiprocessor; 0: one program per tile
     flatten: bool = False  # one loop over tiles and K, so that a tile's first loads overlap the last one's epilogue
-
-
-HOPPER = Machine((9, 0), 132, 232448)  # also what the interpreter on a CPU stands for
-
-# By shared memory per block: the first row that fits the machine.
-TILINGS = (
-    (200_000, {"up": Tiling(128, 256, 64, 8, 4, True, 1), "dp": Tiling(128, 256, 64, 8, 3, True, 1)}),
-    (160_000, {"up": Tiling(128, 128, 64, 8, 3, False, 0), "dp": Tiling(128, 128, 64, 8, 3, False, 0)}),
-    (0, {"up": Tiling(128, 128, 32, 8, 3, False, 0), "dp": Tiling(128, 128, 32, 8, 3, False, 0)}),
-)
 
 
 @triton.jit
@@ -191,23 +177,11 @@ def leaky_relu2_dp_kernel(
             _store(dp_dst, (da * _slope_from_square(a, negative_slope)).to(tl.bfloat16), row, col, M, H, ACCESS)
 
 
-@functools.cache
-def machine(device: torch.device) -> Machine:
-    if device.type != "cuda":
-        return HOPPER
-    properties = torch.cuda.get_device_properties(device)
-    return Machine(
-        (properties.major, properties.minor),
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-    )
-
-
 def _source(t: Tensor, rows: int, cols: int, access: str) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(t, [rows, cols]) if access == "tma" else t
 
 
-def _access(on: Machine, t: Tiling, shape: tuple[int, int, int], operands: tuple[Tensor, ...]) -> str:
+def _access(on: Gpu, t: Tiling, shape: tuple[int, int, int], operands: tuple[Tensor, ...]) -> str:
     """How kernels read and write: TMA needs Hopper and 16-byte aligned rows; masks are spared where tiles fit."""
     if on.capability >= (9, 0) and all(o.data_ptr() % 16 == 0 and o.shape[1] % 8 == 0 for o in operands):
         return "tma"
@@ -218,10 +192,10 @@ def _access(on: Machine, t: Tiling, shape: tuple[int, int, int], operands: tuple
 def _launch(name: str, kernel, operands: tuple[Tensor, ...], shape, negative_slope: float, tiling: Tiling | None):
     """Run `kernel` over the [M, H] grid; operands: [M, D], a weight, and the [M, H] tensors of the epilogue."""
     M, H, D = shape
-    on = machine(operands[0].device)
-    t = tiling or next(rows for least, rows in TILINGS if on.shared_bytes >= least)[name]
+    on = tiles.gpu(operands[0].device)
+    t = tiling or tiles.tile(on, "leaky_relu2_mlp", name, Tiling, hidden=H)
     access = _access(on, t, shape, operands)
-    left, weight, *tiles = operands
+    left, weight, *epilogue = operands
     weight_block = (t.block_n, t.block_k) if name == "up" else (t.block_k, t.block_n)
     num_tiles = triton.cdiv(M, t.block_m) * triton.cdiv(H, t.block_n)
     grid = min(num_tiles, t.programs_per_sm * on.num_sms) if t.programs_per_sm else num_tiles
@@ -229,7 +203,7 @@ def _launch(name: str, kernel, operands: tuple[Tensor, ...], shape, negative_slo
         kernel[(grid,)](
             _source(left, t.block_m, t.block_k, access),
             _source(weight, *weight_block, access),
-            *(_source(tile, t.block_m, t.block_n // (1 + t.split_epilogue), access) for tile in tiles),
+            *(_source(tile, t.block_m, t.block_n // (1 + t.split_epilogue), access) for tile in epilogue),
             M,
             H,
             D,
@@ -260,3 +234,12 @@ def dp(dy: Tensor, w_down: Tensor, a: Tensor, negative_slope: float, tiling: Til
     out = torch.empty_like(a)
     _launch("dp", leaky_relu2_dp_kernel, (dy, w_down, a, out), (M, H, D), negative_slope, tiling)
     return out
+
+
+def probe(device: torch.device) -> tuple[Tensor, Tensor]:
+    """dp of a small problem from both kernels, and float64's."""
+    M, D, H = 256, 64, 256
+    x, dy, w_up, w_down = (torch.randn(s, device=device).bfloat16() for s in ((M, D), (M, D), (H, D), (D, H)))
+    p = x.double() @ w_up.double().T
+    exact = (dy.double() @ w_down.double()) * torch.where(p > 0, 2 * p, 0.5 * p)
+    return dp(dy, w_down, up(x, w_up, 0.5), 0.5), exact

@@ -10,12 +10,20 @@ Logit-sized traffic of head + loss, forward and backward, in units of one [T, V]
 and in chunks of rows (op.py) memory holds the logits of one chunk only.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import tiles
+
 MAX_BLOCK = 8192  # a row up to this many logits stays in registers; longer ones are read twice, the second time from L2
+
+
+class RowTile(NamedTuple):
+    num_warps: int
 
 
 @triton.jit
@@ -90,7 +98,7 @@ def loss_and_grad(
     A row with an unknown target gets NaN in both; one with ignore_index gets 0 in both.
     """
     T, V = logits.shape
-    block = min(triton.next_power_of_2(V), MAX_BLOCK)
+    block, on = min(triton.next_power_of_2(V), MAX_BLOCK), tiles.gpu(logits.device)
     with torch.cuda.device_of(logits):
         softcapped_ce_kernel[(T,)](
             logits,
@@ -104,5 +112,5 @@ def loss_and_grad(
             GRAD=row_weight is not None,
             ONE_BLOCK=block >= V,
             BLOCK_V=block,
-            num_warps=num_warps or max(1, min(8, block // 1024)),
+            num_warps=num_warps or tiles.tile(on, "softcapped_cross_entropy", "row", RowTile, block=block).num_warps,
         )

@@ -1,0 +1,269 @@
+"""What the compilers make of every GPU kernel, without a GPU: `python -m benchmarks.machine_code [--write PAGE.md]`.
+
+Triton kernels are compiled for each architecture as their launchers would launch them at real sizes, with the tiles of
+the shipped tables; CUDA kernels are read from the extension. The surprise is the specialisation: a kernel compiled with
+other divisibilities than its launch has is another kernel, so it is the launchers that run, with compilation in place
+of launches. Another version of Triton is a folder put before the installed one on PYTHONPATH.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from pgolf_kernels import extension, tiles
+from pgolf_kernels.tiles import Gpu
+
+GPUS = {
+    80: Gpu("A100", (8, 0), 108, 166_912),
+    90: Gpu("H100", (9, 0), 132, 232_448),
+    100: Gpu("B200", (10, 0), 148, 232_448),
+    120: Gpu("RTX 5090", (12, 0), 170, 101_376),
+}
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_INSTRUCTIONS = r"\b(HGMMA|HMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS|STL|LDL)\b"
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One kernel as ptxas left it. `instructions` counts the SASS mnemonics named in _INSTRUCTIONS (Triton only)."""
+
+    kernel: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+
+    @property
+    def spills(self) -> bool:
+        """Whether registers go through memory. A TMA load's own 8 bytes of stack, never read back, are no spill: ptxas
+        12.8 leaves them on sm_120, one store a load."""
+        tma_only = self.stack_bytes == 8 and self.instructions.get("STL", 0) == self.instructions.get("UTMALDG", 0)
+        return "LDL" in self.instructions or (self.stack_bytes > 0 and not tma_only)
+
+
+def leaky_relu2_mlp() -> None:
+    from pgolf_kernels.ops.leaky_relu2_mlp import triton_kernel
+
+    M, D, H = 4096, 512, 1536
+    x, w_up, w_down = (torch.empty(s, dtype=torch.bfloat16) for s in ((M, D), (H, D), (D, H)))
+    triton_kernel.dp(x, w_down, triton_kernel.up(x, w_up, 0.5), 0.5)
+
+
+def softcapped_cross_entropy() -> None:
+    from pgolf_kernels.ops.softcapped_cross_entropy import triton_kernel
+
+    for V in (1024, 2048, 4096, 8192, 50304):
+        logits = torch.empty(64, V, dtype=torch.bfloat16)
+        targets, losses, one = torch.empty(64, dtype=torch.int64), torch.empty(64), torch.ones(())
+        triton_kernel.loss_and_grad(logits, targets, losses, one, 30.0, -100)
+
+
+def newton_schulz() -> None:
+    from pgolf_kernels.ops.newton_schulz import op, triton_kernel
+
+    for bank in ((22, 512, 512), (11, 1536, 512), (3, 512, 1536)):  # large tiles both ways round, and small ones
+        g = torch.empty(bank, dtype=torch.bfloat16)
+        triton_kernel.forward(g, op.schedule("quintic", 5), True, 1e-7, g.dtype)
+
+
+LAUNCHERS = (leaky_relu2_mlp, softcapped_cross_entropy, newton_schulz)
+
+
+class _NoGpu(DriverBase):
+    """Answers the questions a compilation asks, for a GPU that is not there."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_benchmarker(self):
+        raise RuntimeError("nothing can be timed without a GPU")
+
+
+def compile_triton(capability: int) -> dict[str, list[MachineCode]]:
+    """Each kernel that LAUNCHERS launch, once, by op; capability as in 90 for sm_90.
+
+    It replaces Triton's driver and the GPU for good: call it in a process of its own.
+
+    Raises:
+        AssertionError: no launcher takes some row of this architecture's table of tiles.
+    """
+    triton.runtime.driver.set_active(_NoGpu(capability))
+    tiles.gpu = lambda device: GPUS[capability]
+    taken, choose_tile, compiled, run = set(), tiles.tile, [], JITFunction.run
+
+    def recording(on, op, kernel, kind, **facts):
+        tile = choose_tile(on, op, kernel, kind, **facts)
+        taken.add((op, kernel, *tile))
+        return tile
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        return compiled[-1]
+
+    tiles.tile, JITFunction.run = recording, compile_only
+    found = {}
+    for launch in LAUNCHERS:
+        compiled.clear()
+        launch()
+        found[launch.__name__] = [_inspect(kernel) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+    missed = _rows(tiles.shipped()[f"sm_{capability}"]) - taken
+    assert not missed, f"no launcher takes {missed} of sm_{capability}.json"
+    return found
+
+
+def _rows(table: dict) -> set[tuple]:
+    """Every tile of a table: op, kernel, fields."""
+    ops = {op: kernels for op, kernels in table.items() if isinstance(kernels, dict)}
+    return {
+        (op, kernel, *(value for key, value in row.items() if key[:4] not in ("min_", "max_")))
+        for op, kernels in ops.items()
+        for kernel, rows in kernels.items()
+        for row in rows
+    }
+
+
+def _inspect(kernel) -> MachineCode:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(kernel.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
+        sass = _run("nvdisasm", "-c", cubin.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    counts = Counter(re.findall(_INSTRUCTIONS, sass))
+    return MachineCode(kernel.metadata.name, registers, stack, kernel.metadata.shared, dict(counts))
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([_TOOLS / tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def cuda_kernels() -> dict[str, list[MachineCode]]:
+    """Every kernel of the CUDA extension, by architecture as in "sm_90"; empty if it is not built."""
+    found: dict[str, list[MachineCode]] = {}
+    if extension.cuda is None:
+        return found
+    arch = name = ""
+    for line in _run("cuobjdump", "--dump-resource-usage", extension.cuda.__file__).splitlines():
+        if told := re.match(r"arch = (\w+)", line):
+            arch = told[1]
+        elif told := re.match(r" Function (\S+):", line):
+            name = subprocess.run(["c++filt", told[1]], capture_output=True, text=True, check=True).stdout.strip()
+            name = re.sub(r"^void |\(anonymous namespace\)::|pgolf::|\w+::cuda::|\(.*\)$", "", name)
+        elif told := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, told.groups())
+            found.setdefault(arch, []).append(MachineCode(name, registers, stack + local, shared, {}))
+    return {arch: sorted(codes, key=lambda code: code.kernel) for arch, codes in sorted(found.items())}
+
+
+def in_a_process(capability: int, triton_folder: Path | None = None) -> Callable[[], dict[str, list[MachineCode]]]:
+    """Start compile_triton elsewhere; the result is a call that waits for it. triton_folder: of another version."""
+    root = str(Path(__file__).parent.parent)
+    path = [*([str(triton_folder)] if triton_folder else []), root, os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.machine_code", "--capability", str(capability)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def result() -> dict[str, list[MachineCode]]:
+        out, errors = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"compiling for sm_{capability} failed:\n{errors[-4000:]}")
+        return {op: [MachineCode(**code) for code in codes] for op, codes in json.loads(out).items()}
+
+    return result
+
+
+def page(triton_kernels: dict[int, dict[str, list[MachineCode]]]) -> str:
+    """docs/machine-code.md from compile_triton's results by capability, and the CUDA extension."""
+    columns = {f"sm_{capability}": sum(ops.values(), []) for capability, ops in triton_kernels.items()}
+    return "\n".join(
+        [
+            "# The GPU kernels' machine code",
+            "",
+            "`python -m benchmarks.machine_code --write docs/machine-code.md` writes this page, "
+            f"here with Triton {triton.__version__}.",
+            "A cell has the registers per thread, the shared memory per block and the tensor cores' instruction; a",
+            "kernel that is compiled several times has a range. None spills: the tests look.",
+            "",
+            *_table("Triton", columns, {f"sm_{capability}": name for capability, name in TENSOR_CORE.items()}),
+            "",
+            *_table("CUDA C++", cuda_kernels(), {}),
+            "",
+        ]
+    )
+
+
+def _table(title: str, columns: dict[str, list[MachineCode]], tensor_core: dict[str, str]) -> list[str]:
+    """Lines of a table: a row per kernel, a column per architecture."""
+    names = list(dict.fromkeys(code.kernel for codes in columns.values() for code in codes))
+    lines = [f"| {title} | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    for name in names:
+        cells = []
+        for arch, codes in columns.items():
+            own = [code for code in codes if code.kernel == name]
+            registers = sorted({code.registers for code in own})
+            shared = max((code.shared_bytes for code in own), default=0)
+            parts = ["-".join(map(str, dict.fromkeys((registers[0], registers[-1]))))] if own else []
+            parts += [f"{shared / 1024:.0f} KiB"] if shared >= 512 else []
+            parts += [tensor_core[arch]] if any(code.instructions.get(tensor_core.get(arch)) for code in own) else []
+            cells.append(", ".join(parts))
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, choices=GPUS, help="print this architecture's Triton kernels as JSON")
+    parser.add_argument("--write", metavar="PAGE.md", help="write the page there instead of printing it")
+    options = parser.parse_args()
+    if options.capability:
+        found = compile_triton(options.capability)
+        print(json.dumps({op: [asdict(code) for code in codes] for op, codes in found.items()}))
+        return
+    waiting = {capability: in_a_process(capability) for capability in GPUS}
+    text = page({capability: result() for capability, result in waiting.items()})
+    if options.write:
+        Path(options.write).write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
