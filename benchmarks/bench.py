@@ -107,12 +107,14 @@ def run(
     report: Callable = lambda row: None,
     only: str = "",
     peers: Iterable[str] = (),
+    gate_only: bool = False,
 ) -> list[dict]:
     """Benchmark the ops (all of them by default) and return the rows; `report` gets each row as it appears.
 
     Args:
         only: cases whose "shape dtype" contains this.
         peers: names of the peers to time; all by default. The first one of a case sets the allowed error regardless.
+        gate_only: check every case and time nothing; there are no rows then.
 
     Raises:
         ValueError: no benchmark has that name.
@@ -123,12 +125,16 @@ def run(
     for op in ops:
         if op not in known:
             raise ValueError(f"bench: op must be one of {known}, got {op!r}")
-    rows, limits = [], measure_limits(device)
+    rows, limits = [], None if gate_only else measure_limits(device)
     for op in ops:
         name = "benchmarks.train_step" if op == "step" else f"benchmarks.ops.bench_{op}"
         cases = importlib.import_module(name).cases
         for case in cases(device, quick):
             if only not in f"{case.shape} {case.dtype}":
+                continue
+            if gate_only:
+                check(op, case, case.inputs())
+                print(f"{op:18} {case.shape:22} {case.dtype} is right", file=sys.stderr, flush=True)
                 continue
             for row in run_case(op, case, device, quick, limits, peers):
                 rows.append(row)
@@ -198,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         if not options.quick:
             append_csv(row, options.device)
 
-    rows = run(options.ops, options.device, options.quick, report, options.only, options.peers)
+    rows = run(options.ops, options.device, options.quick, report, options.only, options.peers, options.check)
     if options.plot:
         from benchmarks.plot import plot
 
@@ -211,6 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this program, which are those of `pgolf bench`."""
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"one of {', '.join(available_ops())}; all by default")
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds, nothing appended to the results")
+    parser.add_argument("--check", action="store_true", help="compare with float64 and time nothing")
     parser.add_argument("--only", default="", metavar="TEXT", help='cases whose shape and dtype contain this: "2048x5"')
     parser.add_argument("--peers", nargs="+", default=(), metavar="NAME", help='time only these: "torch.compile"')
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios")

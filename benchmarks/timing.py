@@ -14,6 +14,7 @@ import torch
 MIN_SAMPLE_SECONDS = 4e-3  # shorter samples see the scheduler's tick more than the kernel
 QUIET = 0.02  # share of a sample that our threads may have spent waiting for a core
 ENOUGH_ROUNDS = 25
+MAX_CUDA_SECONDS = 15.0  # of rounds, where one is long: ten at least
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,10 @@ def compare_cuda(ours: Callable, peers: dict, buffers: list[tuple], quick: bool)
             end.synchronize()
             return start.elapsed_time(end) / 1e3, 0.0
 
-        _turns(runs, sample, 3, lambda history: False)  # warm the clocks
-        history = _turns(runs, sample, 10 if quick else 60, lambda history: False)
+        warm = _turns(runs, sample, 3, lambda history: False)  # the clocks, too
+        one = sum(seconds for seconds, _ in warm[-1].values())
+        rounds = 10 if quick else max(10, min(60, round(MAX_CUDA_SECONDS / one)))
+        history = _turns(runs, sample, rounds, lambda history: False)
         for peer in peers:
             if peer in runs:
                 yield timing, peer, _result(history, peer)

@@ -24,19 +24,14 @@ from pgolf.scoring.windows import gather_batch, make_windows
 from pgolf_kernels import dispatch
 
 SEQ_LEN, STRIDE = 512, 64
+EXACT_WINDOWS = 8
 
 
-def _config(num_layers: int, model_dim: int, num_tokens: int) -> Config:
-    """A GPT of the Parameter Golf family: grouped queries, 3 x wide MLP, vocabulary of 1024."""
+def _config(num_layers: int, model_dim: int, num_tokens: int, **others) -> Config:
+    """A GPT of the Parameter Golf family: grouped queries, 3 x wide MLP and a vocabulary of 1024 unless said."""
     heads = model_dim // 64
-    return Config(
-        num_layers=num_layers,
-        model_dim=model_dim,
-        num_heads=heads,
-        num_kv_heads=heads // 2,
-        train_seq_len=SEQ_LEN,
-        train_batch_tokens=num_tokens,
-    )
+    shape = {"num_layers": num_layers, "model_dim": model_dim, "num_heads": heads, "num_kv_heads": heads // 2}
+    return Config(**shape, **{"train_seq_len": SEQ_LEN, "train_batch_tokens": num_tokens} | others)
 
 
 def _model(cfg: Config, device: str) -> GPT:
@@ -70,12 +65,17 @@ class TrainStep:
 
 
 def _exact_step(model: GPT, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """In micro-batches: the activations of a whole step in float64 are more than a GPU holds."""
     model = copy.deepcopy(model).double()
     model.activation_dtype = torch.float64
-    with dispatch.forced("reference"):
-        loss = model(x, y, "mean")
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-    return loss.detach(), gradient * (1 / (gradient.norm() + 1e-6)).clamp(max=1.0)
+    parameters = list(model.parameters())
+    loss, gradient = 0.0, 0.0
+    for ids, targets in zip(x.split(EXACT_WINDOWS), y.split(EXACT_WINDOWS), strict=True):
+        with dispatch.forced("reference"):
+            part = model(ids, targets, "mean") * (len(ids) / len(x))
+        gradient += torch.cat([g.flatten() for g in torch.autograd.grad(part, parameters)])
+        loss += part.detach()
+    return loss, gradient * (1 / (gradient.norm() + 1e-6)).clamp(max=1.0)
 
 
 def _reference(call, *inputs):
@@ -88,15 +88,16 @@ def _train_case(cfg: Config, device: str, quick: bool) -> Case:
     peers = {"reference ops": partial(_reference, TrainStep(copy.deepcopy(model)))}
     if not quick:
         peers["reference ops, torch.compile"] = partial(_reference, TrainStep(copy.deepcopy(model), compiled=True))
-    windows = cfg.train_batch_tokens // SEQ_LEN
+    windows, T = cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len
     num_parameters = sum(p.numel() for p in model.parameters())
     banks = [getattr(model, name).shape for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")]
     orthogonalise = sum(5 * b * (3 * min(m, n) ** 2 * max(m, n) + min(m, n) ** 3) for b, m, n in banks)
-    attend = 6 * cfg.num_layers * cfg.train_batch_tokens * SEQ_LEN * cfg.model_dim  # half of T x T, both products, 3 x
+    attend = 6 * cfg.num_layers * cfg.train_batch_tokens * T * cfg.model_dim  # half of T x T, both products, 3 x
+    published = f" V{cfg.vocab_size}" if T != SEQ_LEN else ""
     return Case(
-        shape=f"train {cfg.num_layers}x{cfg.model_dim} {cfg.train_batch_tokens} tokens",
+        shape=f"train {cfg.num_layers}x{cfg.model_dim} {cfg.train_batch_tokens} tokens{published}",
         dtype=model.activation_dtype,
-        inputs=lambda: tuple(torch.randint(cfg.vocab_size, (windows, SEQ_LEN), device=device) for _ in range(2)),
+        inputs=lambda: tuple(torch.randint(cfg.vocab_size, (windows, T), device=device) for _ in range(2)),
         ours={"auto": TrainStep(copy.deepcopy(model))},
         peers=peers,
         exact=partial(_exact_step, model),
@@ -135,12 +136,17 @@ def _slot_case(cfg: Config, device: str, num_windows: int) -> Case:
 
 
 def cases(device: str, quick: bool):
-    """A small and the published size, in training; the demo's size in evaluation. --quick takes a tiny model."""
+    """Training at a small and at the published size, evaluation at the demo's. --quick takes a tiny model."""
     if quick:
         yield _train_case(_config(2, 128, 1024), device, quick)
         yield _slot_case(_config(2, 128, 1024), device, 2)
         return
-    tokens = 4096 if device == "cpu" else 98304
-    yield _train_case(_config(6, 256, tokens), device, quick)
-    yield _train_case(_config(11, 512, tokens), device, quick)
-    yield _slot_case(PRESETS["demo"], device, 16 if device == "cpu" else 128)
+    if device == "cuda":  # a rank's share of the published steps: #1217, #1128 and #675, then #1333
+        share = {"num_tokens": 98304, "train_seq_len": 2048, "xsa_last_n": 11}
+        yield _train_case(_config(11, 512, **share), device, quick)
+        yield _train_case(_config(11, 512, **share, vocab_size=4096, mlp_mult=4.0), device, quick)
+        yield _slot_case(PRESETS["demo"], device, 128)
+        return
+    yield _train_case(_config(6, 256, 4096), device, quick)
+    yield _train_case(_config(11, 512, 4096), device, quick)
+    yield _slot_case(PRESETS["demo"], device, 16)

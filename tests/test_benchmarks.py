@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from pgolf.cli import main as pgolf
 from pgolf_kernels import extension
 
 ROOT = Path(__file__).parent.parent
+CASES = "benchmarks.ops.bench_newton_schulz"
 COLUMNS = {"op", "shape", "impl", "peer", "ratio_median", "ratio_p20", "ratio_p80", "ms", "limit_fraction"}
 
 
@@ -73,6 +75,17 @@ def test_another_instruction_set_or_allocator_needs_a_new_process():
     environment = {**os.environ, **machine.environment_for("generic", "tuned"), "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.split() in (["generic", "tuned"], ["tuned"])  # without the extension there is no level of ours
+
+
+def test_the_gate_alone_times_nothing(limits, monkeypatch, capfd):
+    monkeypatch.setattr(bench, "measure_limits", lambda device: pytest.fail("nothing is to be timed"))
+    assert bench.run(["newton_schulz"], "cpu", quick=True, gate_only=True) == []
+    assert "2x128x256" in capfd.readouterr().err
+
+    wrong = dataclasses.replace(next(importlib.import_module(CASES).cases("cpu", True)), ours={"cpu": lambda g: g})
+    monkeypatch.setattr(f"{CASES}.cases", lambda device, quick: [wrong])
+    with pytest.raises(AssertionError, match="newton_schulz 2x128x256: output 0 of .* has relative error"):
+        bench.run(["newton_schulz"], "cpu", quick=True, gate_only=True)
 
 
 def test_rows_of_another_format_are_refused(tmp_path, monkeypatch):

@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command(steps, "bench", commands.bench, "time the kernels against their peers; needs the source checkout")
     p.add_argument("ops", nargs="*", metavar="OP", help="ops, or `step` for whole training steps (default: all)")
     p.add_argument("--quick", action="store_true", help="small cases, few rounds, nothing added to benchmarks/results")
+    p.add_argument("--check", action="store_true", help="compare with float64 and time nothing")
     p.add_argument("--only", default="", metavar="TEXT", help="cases whose shape and dtype contain this")
     p.add_argument("--peers", nargs="+", default=[], metavar="NAME", help='time only these, such as "torch.compile"')
     p.add_argument("--plot", metavar="FILE.png", help="draw the ratios")

@@ -210,7 +210,7 @@ def bench(args: Namespace) -> list[dict]:
     if not (root / "benchmarks/bench.py").exists():
         raise InputError("bench: benchmarks/ is part of the source checkout, not of the wheel; run it from a clone")
     options = [*args.ops, "--json", "--only", args.only, "--malloc", args.malloc]
-    options += ["--quick"] * args.quick + ["--peers", *args.peers] * bool(args.peers)
+    options += ["--check"] * args.check + ["--quick"] * args.quick + ["--peers", *args.peers] * bool(args.peers)
     options += ["--plot", str(Path(args.plot).resolve())] if args.plot else []
     options += ["--isa", args.isa] if args.isa else []
     options += ["--device", args.device] if args.device != "auto" else []
