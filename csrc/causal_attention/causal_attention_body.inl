@@ -18,22 +18,6 @@ constexpr float kLog2E = 1.44269504f;
 // Queries whose dS^T is kept at a time: with 2048 keys it takes 2 MB.
 constexpr int64_t kQueries = 512;
 
-// Hands out pieces of one block of memory; from a null pointer it measures what they take.
-struct Memory {
-  char* at;
-  template <class X>
-  X* take(int64_t n) {
-    X* piece = (X*)at;
-    at += round_up(n * (int64_t)sizeof(X), 64);
-    return piece;
-  }
-};
-
-template <class T>
-PGOLF_INLINE int64_t panels(int64_t columns) {
-  return (columns + kPanel - 1) / kPanel;
-}
-
 // Words of a panel whose depth is tokens, whole panels of them.
 template <class T>
 PGOLF_INLINE int64_t token_words(int64_t tokens) {
@@ -57,7 +41,7 @@ PGOLF_INLINE Head<T> head_of(T* tensor, const Problem& p, int64_t b, int64_t hea
 // Panels of the rows of x, n x d, as columns: the right operand of products with x^T.
 template <class T>
 void pack_rows(const Head<const T>& x, int64_t n, int64_t d, Word<T>* out) {
-  for (int64_t p = 0; p < panels<T>(n); ++p) {
+  for (int64_t p = 0; p < panels_of(n); ++p) {
     const int64_t first = p * kPanel, count = n - first < kPanel ? n - first : kPanel;
     pack_transposed(x.row(first), x.pitch, count, d, out + p * words<T>(d) * kPanel);
   }
@@ -67,7 +51,7 @@ void pack_rows(const Head<const T>& x, int64_t n, int64_t d, Word<T>* out) {
 template <class T>
 void pack_features(const Head<const T>& x, int64_t n, int64_t d, Word<T>* out) {
   const int64_t depth = token_words<T>(n), filled = words<T>(n);
-  for (int64_t p = 0; p < panels<T>(d); ++p, out += depth * kPanel) {
+  for (int64_t p = 0; p < panels_of(d); ++p, out += depth * kPanel) {
     const int64_t first = p * kPanel;
     pack_columns(x.data + first, x.pitch, d - first < kPanel ? d - first : kPanel, n, out);
     memset(out + filled * kPanel, 0, (depth - filled) * kPanel * 4);
@@ -114,8 +98,8 @@ struct ForwardMemory {
   int64_t score_pitch, y_pitch;
   ForwardMemory(Memory& m, int64_t n, int64_t d) {
     constexpr int64_t kRows = kBlockRows<T>;
-    k = m.take<Word<T>>(panels<T>(n) * kPanel * words<T>(d));
-    v = m.take<Word<T>>(panels<T>(d) * kPanel * token_words<T>(n));
+    k = m.take<Word<T>>(panels_of(n) * kPanel * words<T>(d));
+    v = m.take<Word<T>>(panels_of(d) * kPanel * token_words<T>(n));
     q = m.take<Element<T>>(left_size<T>(kRows, d));
     weights = m.take<Element<T>>(left_size<T>(kRows, round_up(n, kPanel)));
     score_pitch = round_up(n, kPanel);
@@ -168,7 +152,7 @@ PGOLF_INLINE void exclude(float* y, const T* v, int64_t d) {
 template <class T>
 void forward_as(const Problem& p, const Forward& a, int64_t b, int64_t kv, char* memory) {
   constexpr int64_t kRows = kBlockRows<T>;
-  const int64_t n = p.T, d = p.d, group = p.H / p.Hkv, feature_panels = panels<T>(d);
+  const int64_t n = p.T, d = p.d, group = p.H / p.Hkv, feature_panels = panels_of(d);
   const float scale = kLog2E / sqrtf(float(d));
   Memory pieces = {memory};
   const ForwardMemory<T> m(pieces, n, d);
@@ -183,7 +167,7 @@ void forward_as(const Problem& p, const Forward& a, int64_t b, int64_t kv, char*
     float* lse = a.lse + (b * p.H + h) * n;
     for (int64_t first = 0; first < n; first += kRows) {
       const int64_t count = n - first < kRows ? n - first : kRows;
-      const int64_t key_panels = panels<T>(first + count), keys = key_panels * kPanel;
+      const int64_t key_panels = panels_of(first + count), keys = key_panels * kPanel;
       const auto rows = pack_left<T>(count, d, m.q, [&](int64_t i) { return q.row(first + i); });
       product<T>(
           rows, d, 0, key_panels, m.sums, from_the_start,
@@ -236,10 +220,10 @@ struct BackwardMemory {
     pitch = left_pitch<T>(queries);
     weights = m.take<Element<T>>(kRows * pitch);
     dscores = m.take<Element<T>>(kRows * pitch);
-    q_rows = m.take<Word<T>>(panels<T>(n) * kPanel * words<T>(d));
-    dy_rows = m.take<Word<T>>(panels<T>(n) * kPanel * words<T>(d));
-    q_features = m.take<Word<T>>(panels<T>(d) * kPanel * token_words<T>(n));
-    dy_features = m.take<Word<T>>(panels<T>(d) * kPanel * token_words<T>(n));
+    q_rows = m.take<Word<T>>(panels_of(n) * kPanel * words<T>(d));
+    dy_rows = m.take<Word<T>>(panels_of(n) * kPanel * words<T>(d));
+    q_features = m.take<Word<T>>(panels_of(d) * kPanel * token_words<T>(n));
+    dy_features = m.take<Word<T>>(panels_of(d) * kPanel * token_words<T>(n));
     dscore_panels = m.take<Word<T>>(queries * token_words<T>(n));
     dy = m.take<T>(n * d);
     along_y = m.take<float>(round_up(n, kPanel));
@@ -291,30 +275,11 @@ PGOLF_INLINE float through_exclusion(const T* dy, const T* y, const T* v, int64_
   return total;
 }
 
-// out[j][0 .. d) = column j of in [d, kPanel], for j < columns.
-template <class T>
-PGOLF_INLINE void store_transposed(const float* in, int64_t d, int64_t columns, const Head<T>& out, int64_t first) {
-#if defined(__AVX512F__)
-  for (int64_t i = 0; i + 16 <= d; i += 16)
-    for (int64_t j = 0; j < columns; j += 16) {
-      __m512i x[16];
-      for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(in + (i + r) * kPanel + j);
-      transpose16(x);
-      for (int r = 0; r < 16 && j + r < columns; ++r) store(out.row(first + j + r) + i, (vf)x[r]);
-    }
-  const int64_t done = d / 16 * 16;
-#else
-  const int64_t done = 0;
-#endif
-  for (int64_t i = done; i < d; ++i)
-    for (int64_t j = 0; j < columns; ++j) store_one(out.row(first + j) + i, in[i * kPanel + j]);
-}
-
 template <class T>
 void backward_as(const Problem& p, const Backward& a, int64_t b, int64_t kv, char* memory) {
   constexpr int64_t kRows = kBlockRows<T>;
   const int64_t n = p.T, d = p.d, group = p.H / p.Hkv, d_words = words<T>(d), t_words = token_words<T>(n);
-  const int64_t feature_panels = panels<T>(d), feature_pitch = round_up(d, kPanel);
+  const int64_t feature_panels = panels_of(d), feature_pitch = round_up(d, kPanel);
   const float root = 1 / sqrtf(float(d)), scale = kLog2E * root;
   Memory pieces = {memory};
   const BackwardMemory<T> m(pieces, n, d);
@@ -344,7 +309,7 @@ void backward_as(const Problem& p, const Backward& a, int64_t b, int64_t kv, cha
     pack_features<T>(dy, n, d, m.dy_features);
     for (int64_t start = 0; start < n; start += kQueries) {
       const int64_t end = n - start < kQueries ? n : start + kQueries;
-      const int64_t start_panel = start / kPanel, end_panel = panels<T>(end);
+      const int64_t start_panel = start / kPanel, end_panel = panels_of(end);
       for (int64_t key = 0; key < end; key += kRows) {
         const int64_t count = n - key < kRows ? n - key : kRows;
         const int64_t first = key / kPanel > start_panel ? key / kPanel : start_panel;
@@ -420,7 +385,7 @@ void backward_as(const Problem& p, const Backward& a, int64_t b, int64_t kv, cha
               store(m.dq + i * kPanel + kLanes, load(c + kLanes));
             });
         const int64_t query = panel * kPanel;
-        store_transposed(m.dq, d, n - query < kPanel ? n - query : kPanel, dq, query);
+        store_transposed(m.dq, d, dq.pitch, n - query < kPanel ? n - query : kPanel, dq.row(query));
       }
     }
   }

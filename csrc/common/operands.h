@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "common/simd.h"
+#include "common/transpose.h"
 
 #if defined(__AMX_BF16__) || defined(PGOLF_EMULATE_AMX)
 #define PGOLF_TILES 1
@@ -51,6 +52,18 @@ template <class T>
 constexpr int64_t kChunk = kPairs<T> ? 512 : 128;
 
 PGOLF_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+PGOLF_INLINE int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// Hands out pieces of one block of working memory, a cache line apart; from a null pointer it measures what they take.
+struct Memory {
+  char* at;
+  template <class X>
+  X* take(int64_t n) {
+    X* piece = (X*)at;
+    at += round_up(n * (int64_t)sizeof(X), 64) + 64;
+    return piece;
+  }
+};
 
 // Words of a panel.
 template <class T>
@@ -117,38 +130,6 @@ PGOLF_INLINE Word<T> word_of(const T* row, int64_t k, int64_t n) {
     return k < n ? load_one(row + k) : 0;
   }
 }
-
-#if defined(__AVX512F__)
-// Rows of 16 words become columns.
-PGOLF_INLINE void transpose16(__m512i (&x)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // x[4 i + j]: words j, 4 + j, 8 + j, 12 + j of rows 4 i .. 4 i + 3
-    x[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    x[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    x[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    x[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even_low = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88);
-    const __m512i even_high = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
-    const __m512i odd_high = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    t[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) x[i] = t[i];
-}
-#endif
 
 // A panel whose column j is row j of w, as in y = x w^T: w [columns, depth] with `pitch` numbers from row to row,
 // columns <= kPanel.

@@ -66,20 +66,8 @@ PGOLF_INLINE void store_panel(T* out, const float* c, int64_t count) {
 }
 
 PGOLF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PGOLF_INLINE int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 // ---- memory and packing ----
-
-// Hands out working memory, a cache line apart.
-struct Memory {
-  char* at;
-  template <class T>
-  T* take(int64_t n) {
-    T* p = (T*)at;
-    at += round_up(n * sizeof(T), 64) + 64;
-    return p;
-  }
-};
 
 template <class T>
 int64_t panel_bytes(int64_t depth) {
@@ -266,32 +254,6 @@ void transpose(const void* from, int64_t rows, int64_t D, void* to) {
     for (int64_t j = 0; j < D; ++j)
       for (int64_t i = k; i < least(rows, k + kBlock); ++i)
         convert_row<T>(x + i * D + j, 1, left.data + j * left.pitch + i);
-}
-
-// w[j][i] = sums[i][j] for the first `count` of kPanel columns; w has `pitch` numbers from row to row.
-template <class T>
-void store_transposed(const float* sums, int64_t rows, int64_t pitch, int64_t count, T* w) {
-  for (int64_t i = 0; i < rows; i += 16) {
-    const int64_t n = least(16, rows - i);
-    float block[kPanel][16];
-#if defined(__AVX512F__)
-    for (int half = 0; half < 2; ++half) {
-      __m512i x[16];
-      for (int r = 0; r < 16; ++r)
-        x[r] = r < n ? _mm512_loadu_si512(sums + (i + r) * kPanel + 16 * half) : _mm512_setzero_si512();
-      transpose16(x);
-      memcpy(block[16 * half], x, sizeof x);
-    }
-#else
-    for (int64_t r = 0; r < 16; ++r)
-      for (int64_t j = 0; j < kPanel; ++j) block[j][r] = r < n ? sums[(i + r) * kPanel + j] : 0;
-#endif
-    for (int64_t j = 0; j < count; ++j) {
-      T row[16];
-      for (int r = 0; r < 16; r += kLanes) store(row + r, load(block[j] + r));
-      memcpy(w + j * pitch + i, row, n * sizeof(T));
-    }
-  }
 }
 
 template <class T>
