@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "common/device.h"
 #include "slot/slot_cuda.h"
 
 namespace py = pybind11;
@@ -74,5 +75,6 @@ void bind_slot(py::module_& m) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of pgolf_kernels on raw pointers.";
+  m.def("why_not", pgolf::why_not_cuda, py::arg("device"));
   bind_slot(m);
 }

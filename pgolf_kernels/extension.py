@@ -3,8 +3,11 @@
 `cpu` and `cuda` are the modules (or None); `WHY_NOT_CPU` and `WHY_NOT_CUDA` are None or the reason users see.
 """
 
+import functools
 import importlib
 from types import ModuleType
+
+import torch
 
 
 def _load(name: str, what: str) -> tuple[ModuleType | None, str | None]:
@@ -19,3 +22,14 @@ def _load(name: str, what: str) -> tuple[ModuleType | None, str | None]:
 
 cpu, WHY_NOT_CPU = _load("_cpu", "CPU")
 cuda, WHY_NOT_CUDA = _load("_cuda", "CUDA")
+
+
+@functools.cache
+def why_not_cuda(device: torch.device) -> str | None:
+    """None if the CUDA extension is built and has machine code for this GPU."""
+    if WHY_NOT_CUDA or device.type != "cuda":
+        return WHY_NOT_CUDA
+    reason = cuda.why_not(torch.cuda.current_device() if device.index is None else device.index)
+    if not reason:
+        return None
+    return f"the CUDA extension cannot run on {device} ({reason}); build it on that machine, or set PGOLF_CUDA_ARCHS"

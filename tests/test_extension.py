@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import types
@@ -43,6 +44,38 @@ def test_the_extension_reports_its_machine():
     assert levels[0] == "generic" and extension.cpu.isa() in levels
     assert ("avx2" in levels) <= features["avx2"]
     assert cpu.why_not(types.SimpleNamespace(hidden=torch.empty(0))) is None
+
+
+@pytest.mark.skipif(extension.cuda is None, reason=str(extension.WHY_NOT_CUDA))
+def test_a_gpu_without_machine_code_or_driver_is_a_sentence(monkeypatch):
+    absent = torch.cuda.device_count() + 7
+    reason = extension.cuda.why_not(absent)
+    assert re.fullmatch(r"cuda\w+: .+", reason), reason
+    assert torch.cuda.is_available() == (extension.cuda.why_not(0) == "")
+
+    module = types.SimpleNamespace(why_not=lambda device: "its machine code: no kernel image is available")
+    monkeypatch.setattr(extension, "cuda", module)
+    sentence = extension.why_not_cuda(torch.device("cuda", absent))
+    assert sentence == (
+        f"the CUDA extension cannot run on cuda:{absent} (its machine code: no kernel image is available); "
+        "build it on that machine, or set PGOLF_CUDA_ARCHS"
+    )
+
+
+def test_the_library_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, pgolf_kernels as k\n"
+        "g = torch.randn(8, 8)\n"
+        "assert k.newton_schulz(g).isfinite().all()\n"
+        "k.explain('newton_schulz', g)\n"
+        "try: k.newton_schulz(g, impl='triton')\n"
+        "except ValueError as error: print(error)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("the package `triton` is not installed") == 2, run.stdout
 
 
 def build(*arguments, **environment):

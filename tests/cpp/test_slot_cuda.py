@@ -37,7 +37,7 @@ def emulated(folder):
     )
     flags += " -Wno-unknown-pragmas -Wno-missing-field-initializers -DPGOLF_EMULATE_CUDA -x c++"
     includes = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    sources = [ROOT / "csrc/slot/slot_cuda.cu", ROOT / "csrc/bindings_cuda.cpp"]
+    sources = [ROOT / "csrc/slot/slot_cuda.cu", ROOT / "csrc/common/device_cuda.cu", ROOT / "csrc/bindings_cuda.cpp"]
     subprocess.run(["g++", *flags.split(), *includes, *map(str, sources), "-o", str(module)], check=True)
     spec = importlib.util.spec_from_file_location("_cuda", module)
     loaded = importlib.util.module_from_spec(spec)

@@ -21,8 +21,8 @@ def why_not(p: Fit | Score) -> str | None:
     """None if the CUDA kernels can run p."""
     if p.hidden.device.type != "cuda" or p.hidden.dtype not in (torch.float32, torch.bfloat16):
         return f"the CUDA kernels need float32 or bfloat16 CUDA tensors, got {p.hidden.dtype} on {p.hidden.device}"
-    if extension.WHY_NOT_CUDA:
-        return extension.WHY_NOT_CUDA
+    if reason := extension.why_not_cuda(p.hidden.device):
+        return reason
     if len(p.weight) > extension.cuda.SLOT_MAX_VOCAB:
         return f"the CUDA kernels need a vocabulary of at most {extension.cuda.SLOT_MAX_VOCAB}, got {len(p.weight)}"
     return None
