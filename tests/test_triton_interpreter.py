@@ -1,11 +1,14 @@
 """Every Triton kernel on the CPU: the tests of each op that reach its kernels, under Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so each file runs in a process of its own. What this cannot see:
-races, tensor-core rounding, and anything the compiler gets wrong; those need the same tests on a GPU.
+Triton reads TRITON_INTERPRET when a kernel is defined, so each file runs in a process of its own. Its loads and stores
+are copies, which AddressSanitizer watches where g++ has it: an access outside a tensor ends the process. What this
+cannot see: races, tensor-core rounding, and anything the compiler gets wrong; those need the same tests on a GPU.
 """
 
+import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,19 +30,61 @@ TARGETS = {"bfloat16": [Path(__file__)]} | {op: [ROOT / f"tests/ops/test_{op}.py
 interpreted = pytest.mark.skipif(not TRITON_INTERPRETED, reason="runs inside test_under_the_interpreter[bfloat16]")
 
 
-@pytest.mark.skipif(TRITON_INTERPRETED, reason="already under the interpreter")
-@pytest.mark.parametrize("target", TARGETS)
-def test_under_the_interpreter(target):
-    environment = os.environ | {
+@functools.cache
+def address_sanitizer() -> dict[str, str]:
+    """What a process needs to run under AddressSanitizer; empty without g++ or its library."""
+    if shutil.which("g++") is None:
+        return {}
+    asked = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in asked]
+    if not all(Path(path).is_absolute() for path in found):
+        return {}
+    return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def interpreted_run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | address_sanitizer()
+    environment |= {
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OPENBLAS_NUM_THREADS": "1",  # products of one tile: threads cost more than they bring
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, TARGETS[target])]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(TRITON_INTERPRETED, reason="already under the interpreter")
+@pytest.mark.parametrize("target", TARGETS)
+def test_under_the_interpreter(target):
+    run = interpreted_run("-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, TARGETS[target]))
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert re.search(r"\b[1-9]\d* passed", run.stdout), f"nothing ran:\n{run.stdout[-2000:]}"
+
+
+OVERRUN = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+copy_kernel[(1,)](torch.randn(60), torch.randn(64), NUMBER, BLOCK=64)
+print("finished")
+"""
+
+
+@pytest.mark.skipif(TRITON_INTERPRETED, reason="already under the interpreter")
+def test_an_access_outside_a_tensor_is_seen(tmp_path):
+    if not address_sanitizer():
+        pytest.skip("g++ has no AddressSanitizer here")
+    script = tmp_path / "overrun.py"  # Triton wants a kernel's source in a file
+    for number, seen in ((60, False), (61, True)):
+        script.write_text(OVERRUN.replace("NUMBER", str(number)))
+        run = interpreted_run(str(script))
+        assert ("heap-buffer-overflow" in run.stderr) == seen, run.stderr[-2000:]
+        assert ("finished" in run.stdout) != seen
 
 
 @triton.jit
