@@ -100,6 +100,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(p)
     _add_device(p)
 
+    p = command(steps, "sample", commands.sample, "print text that an artifact writes")
+    p.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    p.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with (default: nothing)")
+    p.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens behind the prompt (default: 256)")
+    p.add_argument("--num", type=int, default=1, metavar="N", help="texts, sampled side by side (default: 1)")
+    p.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token (default: 0.8)"
+    )
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    p.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that hold P (default: 1)"
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed and device: same text (default: 0)")
+    p.add_argument("--data", type=Path, metavar="DIR", help="whose tokenizer to use (default: the artifact's folder's)")
+    _add_device(p)
+
     p = command(steps, "report", commands.report, "write RUN/report.html, one self-contained page")
     p.add_argument("run_dir", type=Path, metavar="RUN")
     command(steps, "presets", commands.presets, "list the named runs")

@@ -162,6 +162,28 @@ def evaluate(args: Namespace) -> dict:
     return result
 
 
+def sample(args: Namespace) -> dict:
+    from .sample import sample as sample_text
+
+    with meter("sampling", enabled=is_main_rank()) as on_progress:
+        result = sample_text(
+            args.artifact,
+            args.prompt,
+            data=args.data,
+            num_samples=args.num,
+            num_tokens=args.tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            device=args.device,
+            on_progress=on_progress,
+        )
+    for i, text in enumerate(result["samples"], 1):
+        _say(args, f"--- {i} of {args.num} ---\n{text}" if args.num > 1 else text)
+    return result
+
+
 def report(args: Namespace) -> dict:
     from .publish.report import write_report
 

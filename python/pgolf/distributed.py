@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from .errors import InputError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -48,8 +50,13 @@ def start(device: str = "auto") -> Ranks:
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
+
+    Raises:
+        InputError: "cuda", and there is none.
     """
     kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch must see a GPU, got none; use --device cpu or auto")
     if "RANK" not in os.environ:
         return Ranks(0, 1, torch.device(kind))
     place = torch.device(kind)

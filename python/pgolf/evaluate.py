@@ -14,7 +14,9 @@ import torch
 from pgolf_kernels import dispatch
 
 from . import distributed, run
-from .artifact.pack import load_artifact
+from .artifact.container import Content
+from .artifact.pack import read_content
+from .artifact.quantise import dequantise_state
 from .config import Config
 from .data.dataset import Dataset
 from .errors import InputError
@@ -29,14 +31,20 @@ SCORING_FIELDS = ("eval_", "slot_", "drop_val_tail", "dtype")  # prefixes of the
 
 def load_model(path: Path, device: torch.device) -> tuple[GPT, Config, dict]:
     """The model of an artifact, ready to score: (model, config, header)."""
-    artifact = load_artifact(path)
-    model = GPT(artifact.config)
+    content = read_content(path)
+    return build_model(path, content, device), content.header.config, content.header.as_dict()
+
+
+def build_model(path: Path, content: Content, device: torch.device) -> GPT:
+    """The model of a content that was read from `path`, dequantised."""
+    config = content.header.config
+    model = GPT(config)
     try:
-        model.load_export(artifact.state)
+        model.load_export(dequantise_state(content.tensors))
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: its tensors do not fit its config ({error})") from error
-    model.activation_dtype = activation_dtype(artifact.config, device)
-    return model.to(device).eval().requires_grad_(False), artifact.config, artifact.header
+    model.activation_dtype = activation_dtype(config, device)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def evaluate(

@@ -2,19 +2,26 @@
 
 All matrices of one kind live in one bank, [layers, out, in], so that an optimiser orthogonalises them in one batch.
 Linear maps have no bias and norms have no weight. The names of parameters are those of the published checkpoints;
-`export_state` splits the banks into them, `load_export` joins them again.
+`export_state` splits the banks into them, `load_export` joins them again. The same forward decodes token by token:
+given a KVCache it runs on the new positions alone.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgolf_kernels import causal_attention, leaky_relu2_mlp, softcapped_cross_entropy
+from pgolf_kernels import Int6Weight, causal_attention, int6_linear, leaky_relu2_mlp, softcapped_cross_entropy
 from pgolf_kernels.optim import default_compute_dtype
 
 from .config import Config
+
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
 
 NORM_EPS = 1.1920929e-7  # float32's epsilon in every dtype: embeddings start at 0.005, bfloat16's would swamp them
 
@@ -53,6 +60,17 @@ def bigram_index(ids: Tensor, num_buckets: int) -> Tensor:
 def activation_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     """What cfg.dtype means on this device; "auto" is bfloat16 where the machine multiplies it faster than float32."""
     return default_compute_dtype(device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+
+
+def linear(x: Tensor, w: Tensor | Int6Weight) -> Tensor:
+    """x w^T. Training multiplies by tensors; decoding may keep an artifact's matrices packed."""
+    return int6_linear(x, w) if isinstance(w, Int6Weight) else F.linear(x, w)
+
+
+def mlp(x: Tensor, w_up: Tensor | Int6Weight, w_down: Tensor | Int6Weight, negative_slope: float) -> Tensor:
+    if isinstance(w_up, Tensor) and isinstance(w_down, Tensor):
+        return leaky_relu2_mlp(x, w_up, w_down, negative_slope)
+    return linear(F.leaky_relu(linear(x, w_up), negative_slope).square(), w_down)
 
 
 class BigramHash(nn.Module):
@@ -97,25 +115,39 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.num_heads, self.num_kv_heads = cfg.num_heads, cfg.num_kv_heads
+        self.num_heads, self.num_kv_heads, self.kv_dim = (
+            cfg.num_heads,
+            cfg.num_kv_heads,
+            cfg.num_kv_heads * cfg.head_dim,
+        )
         self.exclude_self = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         if cfg.value_residual and layer > 0:
             self.vrl_gate = nn.Parameter(torch.tensor(-1.5))
 
-    def forward(self, x, w_q, w_k, w_v, w_o, cos, sin, ve: Tensor | None, v_first: Tensor | None):
+    def forward(
+        self, x, w_q, w_k, w_v, w_o, cos, sin, ve: Tensor | None, v_first: Tensor | None, attend: Callable
+    ) -> tuple[Tensor, Tensor]:
+        """attend: causal_attention, or a cache's, which sees the keys and values of earlier positions too.
+
+        w_k and w_v may be None: then w_q has their rows below its own, for steps where every call counts.
+        """
         B, T, D = x.shape
-        q = rms_norm(F.linear(x, w_q).view(B, T, self.num_heads, -1))
-        k = rms_norm(F.linear(x, w_k).view(B, T, self.num_kv_heads, -1))
-        v_raw = F.linear(x, w_v)  # (B, T, kv_dim)
+        if w_k is None:
+            qk, v_raw = linear(x, w_q).split((D + self.kv_dim, self.kv_dim), dim=-1)
+            qk = rotate(rms_norm(qk.unflatten(-1, (self.num_heads + self.num_kv_heads, -1))), cos, sin)
+            q, k = qk.split((self.num_heads, self.num_kv_heads), dim=2)
+        else:
+            q = rotate(rms_norm(linear(x, w_q).view(B, T, self.num_heads, -1)), cos, sin)
+            k = rotate(rms_norm(linear(x, w_k).view(B, T, self.num_kv_heads, -1)), cos, sin)
+            v_raw = linear(x, w_v)  # (B, T, kv_dim)
         v = v_raw if ve is None else v_raw + ve
         if v_first is not None:
             g = torch.sigmoid(self.vrl_gate).to(x.dtype)
             v = (1 - g) * v + g * v_first
-        q = rotate(q, cos, sin) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(k, cos, sin)
-        y = causal_attention(q, k, v.view(B, T, self.num_kv_heads, -1), exclude_self=self.exclude_self)
-        return F.linear(y.reshape(B, T, D), w_o), v_raw
+        q = q * self.q_gain.to(x.dtype)[:, None]
+        y = attend(q, k, v.view(B, T, self.num_kv_heads, -1), exclude_self=self.exclude_self)
+        return linear(y.reshape(B, T, D), w_o), v_raw
 
 
 class Block(nn.Module):
@@ -189,16 +221,36 @@ class GPT(nn.Module):
             order[after:after] = self.cfg.recur_layers
         return order
 
-    def trunk(self, ids: Tensor) -> Tensor:
-        """The residual stream before the final norm. ids: [B, T] int64. Returns [B, T, D] in activation_dtype."""
+    def matrices(self) -> dict[str, Sequence[Tensor]]:
+        """What layers multiply by, in activation_dtype: for each published kind ("attn.c_q"), one matrix a layer."""
+        L, matrices = self.cfg.num_layers, {}
+        for bank, kinds in BANKS.items():
+            # unbind, not indexing: its backward stacks once, where every index would fill a bank of zeros.
+            bank = getattr(self, bank).to(self.activation_dtype).unbind()
+            matrices |= {kind: bank[i * L : (i + 1) * L] for i, kind in enumerate(kinds)}
+        return matrices
+
+    def trunk(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """The residual stream before the final norm.
+
+        Args:
+            ids: [B, T] int64.
+            cache: of the positions before ids, which it takes in; None: ids begin the sequence.
+
+        Returns:
+            [B, T, D] in activation_dtype.
+        """
         cfg, dtype = self.cfg, self.activation_dtype
+        if cache is not None:
+            cache.begin(ids.shape[1])
         x = self.tok_emb(ids).to(dtype)
         if hasattr(self, "bigram"):
-            x = x + self.bigram(ids, dtype)
+            bigram = partial(self.bigram, dtype=dtype)
+            x = x + (bigram(ids) if cache is None else cache.look_back("bigram", bigram, ids))
         x = rms_norm(x)
         if hasattr(self, "smear"):
-            x = self.smear(x)
-        layers = _Layers(self, ids, x)
+            x = self.smear(x) if cache is None else cache.look_back("smear", self.smear, x)
+        layers = _Layers(self, ids, x, cache)
 
         order = self.layer_order()
         num_encoder = len(order) // 2
@@ -219,6 +271,8 @@ class GPT(nn.Module):
         if lane is not None:
             m = self.lane_merge.to(dtype)
             x = m * x + (1 - m) * lane
+        if cache is not None:
+            cache.end(ids.shape[1])
         return x
 
     def _skip(self, i: int, x: Tensor, skip: Tensor) -> Tensor:
@@ -228,18 +282,19 @@ class GPT(nn.Module):
         g = torch.sigmoid(self.skip_gates[i]).to(x.dtype)
         return (1 - g) * skip + g * x
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """What the head sees: the normalised residual stream, [B, T, D]."""
-        return rms_norm(self.trunk(ids))
+        return rms_norm(self.trunk(ids, cache))
 
     def head_weight(self) -> Tensor:
         """[V, D] in activation_dtype; tied to the token embedding."""
         return self.tok_emb.weight.to(self.activation_dtype)
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Soft-capped logits, [B, T, V] float32."""
-        cap = self.cfg.logit_softcap
-        return cap * torch.tanh(F.linear(self.hidden(ids), self.head_weight()).float() / cap)
+    def logits(self, ids: Tensor, cache: "KVCache | None" = None, last_only: bool = False) -> Tensor:
+        """Soft-capped logits, [B, T, V] float32 (T = 1 if last_only)."""
+        hidden, cap = self.hidden(ids, cache), self.cfg.logit_softcap
+        hidden = hidden[:, -1:] if last_only else hidden
+        return cap * torch.tanh(F.linear(hidden, self.head_weight()).float() / cap)
 
     def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy of targets [B, T] given ids [B, T], in nats per token."""
@@ -251,10 +306,8 @@ class GPT(nn.Module):
         """Parameters under the published names, one matrix per layer; views where possible."""
         state = {}
         for name, value in self.state_dict().items():
-            if name in _BANKS:
-                for half, published in enumerate(_BANKS[name]):
-                    for layer in range(self.cfg.num_layers):
-                        state[f"blocks.{layer}.{published}.weight"] = value[half * self.cfg.num_layers + layer]
+            if name in BANKS:
+                state |= zip(published_names(name, self.cfg.num_layers), value, strict=True)
             else:
                 state[name] = value
         return state
@@ -262,13 +315,12 @@ class GPT(nn.Module):
     def load_export(self, state: dict[str, Tensor]) -> None:
         """The inverse of export_state; raises KeyError on a missing name and RuntimeError on extra ones."""
         state = dict(state)
-        for bank, published in _BANKS.items():
-            matrices = [state.pop(f"blocks.{i}.{p}.weight") for p in published for i in range(self.cfg.num_layers)]
-            state[bank] = torch.stack(matrices)
+        for bank in BANKS:
+            state[bank] = torch.stack([state.pop(name) for name in published_names(bank, self.cfg.num_layers)])
         self.load_state_dict(state)
 
 
-_BANKS = {
+BANKS = {
     "qo_bank": ("attn.c_q", "attn.proj"),
     "kv_bank": ("attn.c_k", "attn.c_v"),
     "mlp_up_bank": ("mlp.fc",),
@@ -276,17 +328,21 @@ _BANKS = {
 }
 
 
+def published_names(bank: str, num_layers: int) -> list[str]:
+    """The names of a bank's matrices in their order."""
+    return [f"blocks.{layer}.{kind}.weight" for kind in BANKS[bank] for layer in range(num_layers)]
+
+
 class _Layers:
     """What all layers of one forward share: cast banks, rotary table, the first stream and the values to mix in."""
 
-    def __init__(self, model: GPT, ids: Tensor, x0: Tensor):
+    def __init__(self, model: GPT, ids: Tensor, x0: Tensor, cache: "KVCache | None"):
         cfg, dtype = model.cfg, x0.dtype
-        self.cfg, self.blocks, self.x0 = cfg, model.blocks, x0
-        # unbind, not indexing: its backward stacks once, where every index would fill a bank of zeros.
-        self.qo, self.kv = model.qo_bank.to(dtype).unbind(), model.kv_bank.to(dtype).unbind()
-        self.up, self.down = model.mlp_up_bank.to(dtype).unbind(), model.mlp_down_bank.to(dtype).unbind()
-        cos, sin = rotary_table(cfg, ids.shape[1], ids.device)
+        self.cfg, self.blocks, self.x0, self.cache = cfg, model.blocks, x0, cache
+        self.matrices = model.matrices() if cache is None else cache.matrices
+        cos, sin = rotary_table(cfg, ids.shape[1], ids.device) if cache is None else cache.rotary
         self.cos, self.sin = cos.to(dtype), sin.to(dtype)
+        self.num_executed = 0  # calls of attention; a recurrent layer has two, and in a cache two sets of keys
         self.ve: dict[int, Tensor] = {}
         if hasattr(model, "ve_shared"):
             shared = model.ve_shared(ids, dtype)
@@ -312,23 +368,24 @@ class _Layers:
         return rms_norm(x) * (1 / math.sqrt(layer + 1)) if self.cfg.ln_scale else rms_norm(x)
 
     def _attention(self, layer: int, x: Tensor) -> Tensor:
-        block, L = self.blocks[layer], self.cfg.num_layers
+        block = self.blocks[layer]
         v_first = self.v_first if hasattr(block.attn, "vrl_gate") else None
+        attend = causal_attention if self.cache is None else partial(self.cache.attend, self.num_executed)
+        self.num_executed += 1
         y, v_raw = block.attn(
             self._input(layer, x),
-            self.qo[layer],
-            self.kv[layer],
-            self.kv[L + layer],
-            self.qo[L + layer],
+            *(self.matrices[kind][layer] for kind in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj")),
             self.cos,
             self.sin,
             self.ve.get(layer),
             v_first,
+            attend,
         )
         if layer == 0 and self.v_first is None:
             self.v_first = v_raw
         return block.attn_scale.to(x.dtype) * y
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        y = leaky_relu2_mlp(self._input(layer, x), self.up[layer], self.down[layer], self.cfg.negative_slope)
+        w_up, w_down = self.matrices["mlp.fc"][layer], self.matrices["mlp.proj"][layer]
+        y = mlp(self._input(layer, x), w_up, w_down, self.cfg.negative_slope)
         return self.blocks[layer].mlp_scale.to(x.dtype) * y

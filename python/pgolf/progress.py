@@ -110,5 +110,6 @@ class TrainingProgress:
 
 
 def show(text: str) -> None:
-    """A result for people, on stdout."""
-    sys.stdout.write(text + "\n")
+    """A result for people, on stdout; what its encoding lacks becomes a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
