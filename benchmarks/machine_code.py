@@ -81,7 +81,28 @@ def newton_schulz() -> None:
         triton_kernel.forward(g, op.schedule("quintic", 5), True, 1e-7, g.dtype)
 
 
-LAUNCHERS = (leaky_relu2_mlp, softcapped_cross_entropy, newton_schulz)
+def int6_linear() -> None:
+    from pgolf_kernels.ops.int6_linear import triton_kernel
+
+    # Each number of rows that has its own tile; whole steps, wide tiles of the weight, half steps, odd depths.
+    for M, N, K in (
+        (16, 1536, 512),
+        (16, 512, 500),
+        (32, 8192, 512),
+        (32, 512, 500),
+        (64, 1536, 512),
+        (64, 8192, 512),
+        (64, 512, 640),
+        (64, 7, 5),
+    ):
+        x, scale = torch.empty(M, K, dtype=torch.bfloat16), torch.empty(N, dtype=torch.float16)
+        packed = torch.empty(N, 3 * ((K + 3) // 4), dtype=torch.uint8)
+        triton_kernel.forward(x, packed, scale, None)
+        if M == 16:
+            triton_kernel.dequantize(packed, scale, K, x.dtype)
+
+
+LAUNCHERS = (leaky_relu2_mlp, softcapped_cross_entropy, newton_schulz, int6_linear)
 
 
 class _NoGpu(DriverBase):

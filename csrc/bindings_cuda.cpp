@@ -6,6 +6,7 @@
 #include <array>
 
 #include "common/device.h"
+#include "int6_linear/int6_linear_cuda.h"
 #include "slot/slot_cuda.h"
 
 namespace py = pybind11;
@@ -71,10 +72,23 @@ void bind_slot(py::module_& m) {
       py::arg(), py::arg(), py::kw_only(), "delta"_a, "delta_stride"_a, "bias"_a, "bias_stride"_a, "shift"_a, "nll"_a);
 }
 
+void bind_int6_linear(py::module_& m) {
+  using namespace pgolf::int6_linear::cuda;
+  m.attr("INT6_MAX_SIZE") = kMaxSize;
+  // dtype: 0 float32, 1 bfloat16, 2 float16.
+  m.def("int6_linear", [](Address x, Address packed, int64_t packed_bytes, Address scale, Address bias, Address y,
+                          int64_t M, int64_t N, int64_t K, int dtype, int device, Address stream) {
+    forward({at<void>(x), at<uint8_t>(packed), at<uint16_t>(scale), at<void>(bias), at<void>(y), M, N, K,
+             pgolf::DType(dtype)},
+            packed_bytes, device, stream);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of pgolf_kernels on raw pointers.";
   m.def("why_not", pgolf::why_not_cuda, py::arg("device"));
+  bind_int6_linear(m);
   bind_slot(m);
 }

@@ -84,7 +84,7 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
     skipped = []
     # Nobody expects a GPU kernel on a CPU, or the reverse: such a refusal is no reason to warn.
     on_gpu = any(getattr(getattr(arg, "device", None), "type", None) == "cuda" for arg in args)
-    elsewhere = ("cpu",) if on_gpu else ("cuda", "triton")
+    elsewhere = ("cpu",) if on_gpu else ("cuda", "triton", "dequantize")
     for impl in impls:
         if name not in ("auto", impl.name):
             continue

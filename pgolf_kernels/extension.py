@@ -24,11 +24,15 @@ cpu, WHY_NOT_CPU = _load("_cpu", "CPU")
 cuda, WHY_NOT_CUDA = _load("_cuda", "CUDA")
 
 
-@functools.cache
 def why_not_cuda(device: torch.device) -> str | None:
     """None if the CUDA extension is built and has machine code for this GPU."""
-    if WHY_NOT_CUDA or device.type != "cuda":
+    if WHY_NOT_CUDA or device.type != "cuda" or torch.compiler.is_compiling():  # what is traced cannot ask a driver
         return WHY_NOT_CUDA
+    return _why_not_gpu(device)
+
+
+@functools.cache
+def _why_not_gpu(device: torch.device) -> str | None:
     reason = cuda.why_not(torch.cuda.current_device() if device.index is None else device.index)
     if not reason:
         return None

@@ -72,6 +72,16 @@ def test_newton_schulz(compiled, capability):
             assert code.instructions.get(TENSOR_CORE[capability]) and code.instructions.get("LDGSTS"), code
 
 
+@pytest.mark.parametrize("capability", GPUS)
+def test_int6_linear(compiled, capability):
+    codes = compiled[capability]["int6_linear"]
+    assert {code.kernel for code in codes} == {"int6_linear_kernel", "int6_dequantize_kernel"}
+    for code in codes:
+        if code.kernel == "int6_linear_kernel":
+            assert code.instructions.get("HMMA"), code  # tiles of 16 or 32 rows of the weight: no wider instruction
+    assert any(code.instructions.get("LDGSTS") for code in codes)
+
+
 @pytest.mark.skipif(extension.cuda is None, reason=str(extension.WHY_NOT_CUDA))
 def test_no_cuda_kernel_spills():
     found = cuda_kernels()

@@ -30,6 +30,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -165,6 +168,24 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+// The bytes of y:x that the digits of `selector` name, the lowest first.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = x | uint64_t(y) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned((low | uint64_t(high) << 32) >> (shift & 31));
+}
+
+inline unsigned __float_as_uint(float x) {
+  unsigned result;
+  memcpy(&result, &x, sizeof result);
+  return result;
+}
 inline float __uint_as_float(unsigned x) {
   float result;
   memcpy(&result, &x, sizeof result);

@@ -4,7 +4,7 @@
 
 namespace pgolf {
 
-enum class DType { float32, bfloat16 };
+enum class DType { float32, bfloat16, float16 };
 
 constexpr int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 

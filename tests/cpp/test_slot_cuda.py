@@ -4,54 +4,24 @@ Sizes (T, D, V): 150 rows are two whole segments and a tail; V = 96 has whole ve
 2056 and 4104 need teams of four and eight warps, 8192 fills a block; D = 33 is odd, 600 more than one tile of delta.
 """
 
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
-from functools import cache
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_cpu import emulated_module
 from numerics import assert_as_accurate
 
 from pgolf_kernels import extension
 from pgolf_kernels.ops.slot import LBFGS, AdamW, SlotFit, cuda_kernel, reference, slot_fit, slot_score
 from pgolf_kernels.ops.slot.problem import check_fit, check_score
 
-ROOT = Path(__file__).parents[2]
 GPU = torch.cuda.is_available()
 
 
-@cache
-def emulated(folder):
-    """The module built with g++ for this CPU."""
-    pybind11 = pytest.importorskip("pybind11")
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    module = folder / "_cuda.so"
-    # Where compilers fortify by default, longjmp takes the change of stack between fibers for an error.
-    flags = (
-        "-std=c++17 -O1 -U_FORTIFY_SOURCE -fPIC -shared -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra -Werror"
-    )
-    flags += " -Wno-unknown-pragmas -Wno-missing-field-initializers -DPGOLF_EMULATE_CUDA -x c++"
-    includes = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    sources = [ROOT / "csrc/slot/slot_cuda.cu", ROOT / "csrc/common/device_cuda.cu", ROOT / "csrc/bindings_cuda.cpp"]
-    subprocess.run(["g++", *flags.split(), *includes, *map(str, sources), "-o", str(module)], check=True)
-    spec = importlib.util.spec_from_file_location("_cuda", module)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 @pytest.fixture(params=["cpu", *["cuda"] * GPU])
-def device(request, tmp_path_factory, monkeypatch):
+def device(request, monkeypatch):
     """Where the kernels run; on "cpu" the emulation takes the place of the extension."""
     if request.param == "cpu":
-        folder = tmp_path_factory.getbasetemp() / "slot_cuda"
-        folder.mkdir(exist_ok=True)
-        monkeypatch.setattr(extension, "cuda", emulated(folder))
+        monkeypatch.setattr(extension, "cuda", emulated_module())
     elif extension.WHY_NOT_CUDA:
         pytest.skip(extension.WHY_NOT_CUDA)
     return request.param

@@ -2,6 +2,9 @@
 
 Shapes of the linear layer: (1, 1, 1) is the least; K = 5, 6, 7 are the three tails after a group of 4 codes; (3, 17, 6)
 has odd sizes in all places; (2, 7, 64, 96) has batch dimensions; (33, 512, 256) is a row block of the real model.
+
+The Triton kernels also run under the interpreter (tests/test_triton_interpreter.py). Their K: 5 and 130 have tails, 256
+is a step of 64 groups, 128 and 640 steps of 32; their rows: one, a tile's tail on both sides of 16, 32 and 64.
 """
 
 import copy
@@ -16,11 +19,30 @@ import torch.nn.functional as F
 from numerics import DEVICES, assert_as_accurate, forward_and_grads
 
 from pgolf_kernels import dispatch
-from pgolf_kernels.ops.int6_linear import Int6Weight, int6_linear, op, quantize_int6, reference
+from pgolf_kernels.ops.int6_linear import Int6Weight, gpu, int6_linear, op, quantize_int6, reference
+
+if dispatch.TRITON_INTERPRETED:
+    import triton_cpu  # noqa: F401  (corrects the interpreter's bfloat16)
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden/int6.npz")
 SETS = sorted(name.removesuffix("_W") for name in GOLDEN.files if name.endswith("_W"))
 SHAPES = [(1, 1, 1), (2, 3, 5), (3, 17, 6), (4, 2, 7), (2, 7, 64, 96), (33, 512, 256)]  # (..., K, N)
+
+TRITON_DEVICES = ["cpu"] * dispatch.TRITON_INTERPRETED + ["cuda"] * torch.cuda.is_available()
+needs_triton = pytest.mark.skipif(not TRITON_DEVICES, reason="Triton needs a CUDA GPU or TRITON_INTERPRET=1")
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Outputs that nobody writes are NaN."""
+    fresh = torch.Tensor.new_empty
+
+    def new_empty(t, *size, **options):
+        result = fresh(t, *size, **options)
+        return result.fill_(torch.nan) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
 def random_weight(n: int, k: int, device: str) -> Int6Weight:
@@ -150,15 +172,20 @@ def test_forward_and_gradients(shape, dtype, device, impl):
         assert_as_accurate(got, torchs, truth, scale=scale.max().item())
 
 
-@pytest.mark.parametrize("impl", [i.name for i in op.IMPLS])
+@pytest.mark.parametrize("impl", ["auto", *(i.name for i in op.IMPLS)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)], ids=str)
-def test_empty(sizes, impl):
+def test_empty(sizes, device, impl):
     m, n, k = sizes
     w = torch.randn(n, k)
     for clip in ("search", "max", 12.0):
-        weight = Int6Weight.from_bytes(quantize_int6(w, clip).to_bytes())
-        y = int6_linear(torch.randn(m, k), weight, torch.ones(n), impl=impl)
-        assert y.equal(torch.ones(m, n) if k == 0 else y)
+        weight = Int6Weight.from_bytes(quantize_int6(w, clip).to_bytes()).to(device)
+        x, bias = torch.randn(m, k, device=device), torch.ones(n, device=device)
+        for chosen in op.IMPLS:
+            if chosen.name == impl and (reason := chosen.why_not(x, weight.packed, weight.scale, bias)):
+                pytest.skip(reason)
+        y = int6_linear(x, weight, bias, impl=impl)
+        assert y.equal(torch.ones(m, n, device=device) if k == 0 else y)
         assert y.shape == (m, n)
 
 
@@ -171,6 +198,72 @@ def test_strides_autocast_and_compile(device):
         assert int6_linear(x, weight).dtype == torch.bfloat16
     compiled = torch.compile(lambda x: int6_linear(x, weight), fullgraph=True, backend="aot_eager")
     assert compiled(x).equal(expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *NARROW], ids=str)
+def test_triton_dequantises_every_code_to_the_bit(dtype, device, poisoned):
+    """Code 0 (-32), which no quantiser writes, is decoded all the same."""
+    for n, k in ((1, 1), (5, 7), (64, 140), (3, 513), (9, 1030)):
+        codes = ((torch.arange(n)[:, None] + 7 * torch.arange(k)) % 64 - 32).to(torch.int8)
+        packed, scale = reference.pack(codes).to(device), torch.rand(n, device=device).add(0.01).half()
+        w = gpu.dequantize_by_triton(packed, scale, k, dtype)
+        assert w.equal(reference.dequantize(packed, scale, k, dtype))
+        part = gpu.dequantize_by_triton(packed[1:], scale[1:], k, dtype) if n > 1 else w[1:]
+        assert part.equal(w[1:])
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_triton_linear(dtype, device, rows, poisoned):
+    for n, k in ((1, 1), (17, 5), (33, 130), (16, 256), (40, 640)):
+        weight, bias = random_weight(n, k, device), torch.randn(n, device=device).to(dtype)
+        x, w = torch.randn(rows, k, device=device).to(dtype), weight.dequantize(torch.float64)
+        exact, scale = F.linear(x.double(), w, bias.double()), (x.double().abs() @ w.abs().T).max().item() + 4
+        for way in ("triton", "dequantize"):
+            y = int6_linear(x, weight, bias, impl=way)
+            assert_as_accurate(y, F.linear(x, w.to(dtype), bias), exact, scale=scale)
+            assert int6_linear(x, weight, bias, impl=way).equal(y)
+        stretched = torch.stack([x.T, x.T], 2)[..., 0].T
+        assert int6_linear(stretched, weight, bias, impl="triton").equal(int6_linear(x, weight, bias, impl="triton"))
+
+
+@needs_triton
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+def test_triton_wide_tiles_and_rows_apart(device):
+    """Enough rows of the weight for tiles of 32; rows of infinities and NaN stay among themselves."""
+    weight, x = random_weight(4100, 6, device), torch.randn(20, 6, device=device).bfloat16()
+    want = int6_linear(x, weight, impl="triton")
+    torch.testing.assert_close(want, int6_linear(x, weight, impl="reference"), rtol=0.02, atol=0.5)
+    for value in (torch.nan, torch.inf):
+        other = x.clone()
+        other[10, 3] = value
+        y, keep = int6_linear(other, weight, impl="triton"), torch.arange(20, device=device) != 10
+        assert y[keep].equal(want[keep]) and not y[10].isfinite().any()
+
+
+@needs_triton
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+def test_triton_ops_are_registered(device):
+    weight = random_weight(12, 10, device)
+    x, bias = (torch.randn(s, device=device).half().requires_grad_() for s in ((3, 10), (12,)))
+    for b in (bias, None):
+        torch.library.opcheck(torch.ops.pgolf.int6_linear_triton.default, (x, weight.packed, weight.scale, b))
+    torch.library.opcheck(torch.ops.pgolf.int6_dequantize.default, (weight.packed, weight.scale, 10, torch.float32))
+    for way in ("triton", "dequantize"):
+
+        def run(x, bias, way=way):
+            return int6_linear(x, weight, bias, impl=way)
+
+        want = run(x.detach(), bias.detach())
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        assert run(x, bias).equal(want) and compiled(x, bias).equal(want)
+        with torch.autocast(device, torch.bfloat16):
+            y = run(x.detach().float(), bias.detach().float())
+        assert y.equal(run(x.detach().float().bfloat16(), bias.detach().float().bfloat16()))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -24,11 +24,16 @@ def why_not(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> st
     """None if the C++ kernel can run these arguments."""
     if not x.is_cpu or compute_dtype(x) not in _DTYPES:
         return f"the C++ kernel needs CPU tensors and a product in float32 or bfloat16, got {_describe(x)}"
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if in_transform():
         return "the C++ kernel has no rule for forward-mode derivatives and torch.func's transforms"
     return extension.WHY_NOT_CPU
+
+
+def in_transform() -> bool:
+    """Whether a forward-mode derivative or a transform of torch.func is under way, for which no op has a rule."""
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _describe(x: Tensor) -> str:
@@ -41,12 +46,12 @@ def run(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor
     dtype = compute_dtype(x)
     if x.dtype is not dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if _is_plain(x, bias):
+    if is_plain(x, bias):
         return forward(x, packed, scale, bias)
     return torch.ops.pgolf.int6_linear_cpu(x, packed, scale, bias)
 
 
-def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
+def is_plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether no compiler, gradient, subclass or mode has to see the call."""
     return (
         not torch.compiler.is_compiling()

@@ -3,23 +3,43 @@
 import torch
 from torch import Tensor
 
-from ...dispatch import CHOSEN, LIBRARY, Impl, always, choose, meant, require
-from . import cpu, reference
+from ...dispatch import CHOSEN, LIBRARY, TRITON_INTERPRETED, Impl, always, choose, meant, require
+from . import cpu, gpu, reference
 from .weight import Int6Weight
 
 OP = "int6_linear"
-IMPLS = (  # fastest first; the last always runs
+IMPLS = (  # the last always runs; the order of the three on a GPU depends on the number of rows, see gpu.order
     Impl("cpu", cpu.run, cpu.why_not),
+    Impl("cuda", gpu.run_cuda, gpu.why_not_cuda),
+    Impl("triton", gpu.run_tiles, gpu.why_not_tiles),
+    Impl("dequantize", gpu.run_dequantize, gpu.why_not_dequantize),
     Impl("reference", reference.forward, always),
 )
+_BY_NAME = {impl.name: impl for impl in IMPLS}
+
+
+def _fastest_first(x: Tensor) -> tuple[Impl, ...]:
+    return (IMPLS[0], *(_BY_NAME[name] for name in gpu.order(x)), IMPLS[-1]) if x.is_cuda else IMPLS
+
 
 LIBRARY.define("int6_linear_cpu(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor")
+LIBRARY.define("int6_linear_cuda(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor")
+LIBRARY.define("int6_linear_triton(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor")
+LIBRARY.define("int6_dequantize(Tensor packed, Tensor scale, int num_columns, ScalarType dtype) -> Tensor")
 LIBRARY.impl("int6_linear_cpu", cpu.forward, "CPU")
+LIBRARY.impl("int6_linear_cuda", gpu.forward, "CUDA")
+for _device in ("CUDA", *("CPU",) * TRITON_INTERPRETED):
+    LIBRARY.impl("int6_linear_triton", gpu.forward_tiles, _device)
+    LIBRARY.impl("int6_dequantize", gpu.dequantize_by_triton, _device)
 
 
-@torch.library.register_fake("pgolf::int6_linear_cpu", lib=LIBRARY)
-def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+@torch.library.register_fake("pgolf::int6_dequantize", lib=LIBRARY)
+def _(packed: Tensor, scale: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(packed.shape[0], num_columns, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -31,11 +51,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor):
     packed, scale = ctx.saved_tensors
     needs_x, _, _, needs_bias = ctx.needs_input_grad
-    dx = dy @ reference.dequantize(packed, scale, ctx.num_columns, dy.dtype) if needs_x else None
+    dx = dy @ gpu.dequantize(packed, scale, ctx.num_columns, dy.dtype) if needs_x else None
     return dx, None, None, dy.sum_to_size(scale.shape[0]) if needs_bias else None
 
 
-torch.library.register_autograd("pgolf::int6_linear_cpu", _backward, setup_context=_setup_context, lib=LIBRARY)
+for _name in ("cpu", "cuda", "triton"):
+    torch.library.register_fake(f"pgolf::int6_linear_{_name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"pgolf::int6_linear_{_name}", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
 def int6_linear(x: Tensor, weight: Int6Weight, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
@@ -45,7 +67,8 @@ def int6_linear(x: Tensor, weight: Int6Weight, bias: Tensor | None = None, impl:
         x: [..., K], floating, on weight's device.
         weight: from quantize_int6 or Int6Weight.from_bytes; (N, K).
         bias: [N] in x's dtype, or None.
-        impl: "auto", "cpu" (float32 and bfloat16) or "reference".
+        impl: "auto", "cpu" (float32 and bfloat16), on a GPU "cuda" (float32, bfloat16, float16), "triton" (bfloat16,
+            float16) or "dequantize" (a dense copy of the weight, then PyTorch's product), or "reference".
 
     Returns:
         [..., N] in x's dtype (in autocast's under autocast). Differentiable in x and bias.
@@ -58,7 +81,7 @@ def int6_linear(x: Tensor, weight: Int6Weight, bias: Tensor | None = None, impl:
     if meant(impl) in ("auto", "cpu") and cpu.why_not(*args) is None:  # what choose would find, a microsecond earlier
         CHOSEN[OP] = "cpu"
         return cpu.run(*args)
-    return choose(OP, IMPLS, impl, *args).run(*args)
+    return choose(OP, _fastest_first(x), impl, *args).run(*args)
 
 
 def _check(x: Tensor, weight: Int6Weight, bias: Tensor | None) -> None:
