@@ -35,7 +35,8 @@ GPUS = {
 }
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_INSTRUCTIONS = r"\b(HGMMA|HMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS|STL|LDL)\b"
+# LDG counts only where it may go through the read-only cache.
+_INSTRUCTIONS = r"\b(HGMMA|HMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS|STL|LDL|MEMBAR|CCTL|LDG(?=[.\w]*\.CONSTANT))\b"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class MachineCode:
     stack_bytes: int
     shared_bytes: int
     instructions: dict[str, int]
+    wide_loads: int = 0  # from global memory to registers, 16 bytes each (Triton only)
 
     @property
     def spills(self) -> bool:
@@ -102,7 +104,35 @@ def int6_linear() -> None:
             triton_kernel.dequantize(packed, scale, K, x.dtype)
 
 
-LAUNCHERS = (leaky_relu2_mlp, softcapped_cross_entropy, newton_schulz, int6_linear)
+def slot() -> None:
+    from pgolf_kernels.ops.slot import AdamW, triton_kernel
+    from pgolf_kernels.ops.slot.problem import Fit, Score
+
+    B, T, D = 2, 64, 512
+    targets = torch.zeros(B, T, dtype=torch.int64)
+    for V, norm, dtype in ((1024, "after", torch.bfloat16), (4096, "before", torch.bfloat16), (8192, "after", None)):
+        hidden, weight = (torch.zeros(s, dtype=dtype or torch.float32) for s in ((B, T, D), (V, D)))
+        model, softcap = (hidden, weight, targets), 30.0 if dtype else None
+        options = {"told": [T] * B, "softcap": softcap, "norm": norm}
+        fit = {"initial": None, "shared": False, "normalize": "window", "parameters": "both", "steps": 1}
+        triton_kernel.fit(Fit(*model, torch.ones(B, T), **options, **fit, optimizer=AdamW()))
+        delta, bias = torch.zeros(B, D), torch.zeros(B, V)
+        triton_kernel.score(Score(*model, targets == 0, **options, delta=delta, bias=bias))
+
+
+def newton_schulz_megakernel() -> None:
+    from pgolf_kernels.ops.newton_schulz import megakernel, op
+
+    for shapes, dtype in (
+        (((22, 512, 512), (11, 1536, 512)), torch.bfloat16),  # the large tiles
+        (((3, 512, 512), (2, 512, 1536)), torch.float32),  # the small ones
+        (((2, 65, 130),), torch.bfloat16),  # rows that are no multiple of 16 bytes
+    ):
+        banks = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        megakernel.forward(banks, op.schedule("quintic", 5), True, 1e-7, torch.bfloat16)
+
+
+LAUNCHERS = (leaky_relu2_mlp, softcapped_cross_entropy, newton_schulz, newton_schulz_megakernel, int6_linear, slot)
 
 
 class _NoGpu(DriverBase):
@@ -184,7 +214,8 @@ def _inspect(kernel) -> MachineCode:
         sass = _run("nvdisasm", "-c", cubin.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     counts = Counter(re.findall(_INSTRUCTIONS, sass))
-    return MachineCode(kernel.metadata.name, registers, stack, kernel.metadata.shared, dict(counts))
+    wide_loads = len(re.findall(r"\bLDG\.E\.128\b", sass))
+    return MachineCode(kernel.metadata.name, registers, stack, kernel.metadata.shared, dict(counts), wide_loads)
 
 
 def _run(tool: str, *args: str) -> str:

@@ -82,6 +82,31 @@ def test_int6_linear(compiled, capability):
     assert any(code.instructions.get("LDGSTS") for code in codes)
 
 
+@pytest.mark.parametrize("capability", GPUS)
+def test_slot(compiled, capability):
+    codes = compiled[capability]["slot"]
+    names = ("sweep", "reduce", "project", "add_rows", "descend", "score")
+    assert {code.kernel for code in codes} == {f"slot_{name}_kernel" for name in names}
+    assert all(code.shared_bytes <= 48 * 1024 for code in codes)
+    sweeps = sorted(code.registers for code in codes if code.kernel == "slot_sweep_kernel")
+    # Two blocks of 8 warps on each multiprocessor, to keep memory busy; through the norm, one.
+    assert len(sweeps) == 3 and sweeps[1] <= 128, sweeps
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_newton_schulz_megakernel(compiled, capability):
+    codes = compiled[capability]["newton_schulz_megakernel"]
+    assert [c.kernel for c in codes] == ["write_addresses_kernel"] + 3 * ["bank_row_squares_kernel", "mega_kernel"]
+    for code in codes:
+        if code.kernel == "mega_kernel":
+            assert code.instructions.get(TENSOR_CORE[capability]) and code.instructions.get("LDGSTS"), code
+            # Visibility across multiprocessors: a fence before the release, an emptied first-level cache after the
+            # acquire, and no load that may go through the read-only path or by TMA.
+            assert code.instructions.get("MEMBAR") and code.instructions.get("CCTL"), code
+            assert not code.instructions.get("UTMALDG") and not code.instructions.get("LDG"), code
+    assert all(code.wide_loads for code in codes[1:5]), "aligned banks are read 16 bytes at a time"
+
+
 @pytest.mark.skipif(extension.cuda is None, reason=str(extension.WHY_NOT_CUDA))
 def test_no_cuda_kernel_spills():
     found = cuda_kernels()

@@ -1,5 +1,5 @@
-// What every CUDA kernel here starts from: launches, the device guard and the few instructions that have no C++ name.
-// Under PGOLF_EMULATE_CUDA the same source runs on the CPU.
+// What every CUDA kernel here starts from: launches, the device guard, a barrier between blocks, and the few
+// instructions that have no C++ name. Under PGOLF_EMULATE_CUDA the same source runs on the CPU.
 #pragma once
 #include <stdint.h>
 
@@ -8,8 +8,11 @@
 #else
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace pgolf {
 
@@ -37,6 +40,52 @@ void launch(void (*kernel)(Args), dim3 grid, unsigned threads, uintptr_t stream,
   check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments, 0,
                               reinterpret_cast<cudaStream_t>(stream)),
              "kernel launch");
+}
+
+// As launch, but all blocks run at the same time, so that they may wait for each other (group_barrier).
+template <class Args>
+void launch_resident(void (*kernel)(Args), unsigned blocks, unsigned threads, uintptr_t stream, const Args& args) {
+  void* arguments[] = {const_cast<Args*>(&args)};
+  check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments,
+                                         0, reinterpret_cast<cudaStream_t>(stream)),
+             "cooperative kernel launch");
+}
+
+// How many blocks launch_resident can start; asked once per kernel and device.
+template <class Args>
+int max_resident_blocks(void (*kernel)(Args), int threads, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<void (*)(Args), int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{kernel, device}];
+  if (!blocks) {
+    int per_multiprocessor, multiprocessors;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, 0), "occupancy");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    blocks = per_multiprocessor * multiprocessors;
+  }
+  return blocks;
+}
+
+// The block's one object in shared memory, uninitialised.
+template <class T>
+__device__ __forceinline__ T& shared_memory() {
+  alignas(16) __shared__ unsigned char bytes[sizeof(T)];
+  return reinterpret_cast<T&>(bytes);
+}
+
+// Wait until `counter` has been raised `target` times; each block of a group, all of them resident, raises it once.
+// What they wrote before is visible after it: the fences order it, and the second one empties the first-level cache.
+__device__ __forceinline__ void group_barrier(unsigned* counter, unsigned target) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(counter, 1u);
+    while (*static_cast<volatile unsigned*>(counter) < target) {
+    }
+    __threadfence();
+  }
+  __syncthreads();
 }
 
 // Barrier `id` (1 to 15) of `threads` threads, whole warps.

@@ -1,9 +1,11 @@
 // Runs the kernels of a .cu file on the CPU, for tests without a GPU: g++ -x c++ -DPGOLF_EMULATE_CUDA
 // -fno-strict-aliasing.
 //
-// Every thread of a block is a fiber; blocks run one after another. A barrier or shuffle that not all its threads reach
-// aborts with a message. The surprise is what this cannot see: races between barriers, memory ordering, and the
-// hardware's approximate functions, whose documented error bounds stand in for them here (tanh_approx).
+// Every thread of a block is a fiber; blocks run one after another, those of launch_resident in turns. A barrier or
+// shuffle that not all its threads reach aborts with a message. The surprise is what this cannot see: races between
+// barriers, memory ordering, and the hardware's approximate functions, whose documented error bounds stand in for them
+// here (tanh_approx). `__shared__` variables are one copy for all blocks, so kernels of launch_resident use
+// shared_memory<T>().
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -47,61 +49,81 @@ struct Fiber {
   ucontext_t start;
   jmp_buf resume;
   bool started, done;
-  int barrier;          // the one it waits for
-  uint64_t generation;  // of that barrier when it arrived
+  int barrier;              // of the block, that it waits for; -1: for the counter
+  uint64_t generation;      // of that barrier when it arrived
+  const unsigned* counter;  // of a group of blocks
+  unsigned target;
 };
 
 struct Block {
   static constexpr int kNamed = 16;  // barrier 0 is __syncthreads(); the warps' own come after the named ones
-  static constexpr size_t kStackBytes = 256 << 10;
-  dim3 grid_dim, block_dim, block_idx;
-  unsigned current = 0;
+  static constexpr size_t kStackBytes = 96 << 10;
+  dim3 index;
   std::vector<Fiber> fibers;
   std::array<int, kNamed + 32> arrived{};
   std::array<uint64_t, kNamed + 32> generation{};
   std::array<uint64_t, 2 * 1024> exchange{};  // what shuffles pass, twice: a lane may be one shuffle ahead
   std::array<unsigned, 1024> shuffles{};
-  std::function<void()> body;
-  ucontext_t caller;
-  jmp_buf scheduler;
+  std::unique_ptr<char[]> shared;
 };
 
-inline Block block;
+constexpr size_t kSharedBytes = 48 << 10;
+constexpr int kResidentBlocks = 24;  // few, so that tests reach what is launched in several parts
+
+inline std::vector<std::unique_ptr<Block>> blocks;  // kept for their stacks
+inline Block* block;
+inline unsigned current;  // the running fiber of `block`
+inline dim3 grid_dim, block_dim;
+inline std::function<void()> body;
+inline jmp_buf scheduler;
+
+inline void pause() {
+  Fiber& fiber = block->fibers[current];
+  if (!_setjmp(fiber.resume)) _longjmp(scheduler, 1);
+}
 
 inline void wait(int barrier, int threads) {
-  if (++block.arrived[barrier] == threads) {
-    block.arrived[barrier] = 0;
-    ++block.generation[barrier];
+  if (++block->arrived[barrier] == threads) {
+    block->arrived[barrier] = 0;
+    ++block->generation[barrier];
     return;
   }
-  Fiber& fiber = block.fibers[block.current];
+  Fiber& fiber = block->fibers[current];
   fiber.barrier = barrier;
-  fiber.generation = block.generation[barrier];
-  if (!_setjmp(fiber.resume)) _longjmp(block.scheduler, 1);
+  fiber.generation = block->generation[barrier];
+  pause();
+}
+
+inline bool waits(const Block& b, const Fiber& fiber) {
+  if (!fiber.started) return false;
+  return fiber.barrier < 0 ? *fiber.counter < fiber.target : b.generation[fiber.barrier] == fiber.generation;
 }
 
 template <class T>
 uint64_t* exchange(T value) {
   static_assert(sizeof(T) <= 8, "a shuffle moves 4 or 8 bytes");
-  const unsigned thread = block.current, warp = thread / 32;
-  uint64_t* slots = &block.exchange[block.shuffles[thread]++ % 2 * 1024];
+  const unsigned thread = current, warp = thread / 32;
+  uint64_t* slots = &block->exchange[block->shuffles[thread]++ % 2 * 1024];
   memcpy(&slots[thread], &value, sizeof value);
-  const unsigned threads = block.block_dim.x - warp * 32;
+  const unsigned threads = block_dim.x - warp * 32;
   wait(Block::kNamed + int(warp), threads < 32 ? int(threads) : 32);
   return &slots[warp * 32];
 }
 
 inline void enter() {
-  block.body();
-  block.fibers[block.current].done = true;
-  _longjmp(block.scheduler, 1);
+  body();
+  block->fibers[current].done = true;
+  _longjmp(scheduler, 1);
 }
 
-inline void run_block() {
-  const unsigned threads = block.block_dim.x;
-  if (block.fibers.size() < threads) block.fibers.resize(threads);
+inline void prepare(Block& b, dim3 index) {
+  const unsigned threads = block_dim.x;
+  b.index = index;
+  if (!b.shared) b.shared.reset(new char[kSharedBytes]);
+  memset(b.shared.get(), 0xff, kSharedBytes);
+  if (b.fibers.size() < threads) b.fibers.resize(threads);
   for (unsigned i = 0; i < threads; ++i) {
-    Fiber& fiber = block.fibers[i];
+    Fiber& fiber = b.fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[Block::kStackBytes]);
     fiber.started = fiber.done = false;
     getcontext(&fiber.start);
@@ -109,19 +131,26 @@ inline void run_block() {
     fiber.start.uc_stack.ss_size = Block::kStackBytes;
     makecontext(&fiber.start, enter, 0);
   }
-  for (volatile unsigned left = threads; left;) {
+}
+
+// Run the first `count` blocks at the same time, to their end.
+inline void run_blocks(unsigned count) {
+  const unsigned threads = block_dim.x;
+  for (volatile unsigned left = count * threads; left;) {
     volatile bool moved = false;
-    for (volatile unsigned i = 0; i < threads; i = i + 1) {
-      Fiber& fiber = block.fibers[i];
-      if (fiber.done || (fiber.started && block.generation[fiber.barrier] == fiber.generation)) continue;
+    for (volatile unsigned at = 0; at < count * threads; at = at + 1) {
+      Block& b = *blocks[at / threads];
+      Fiber& fiber = b.fibers[at % threads];
+      if (fiber.done || waits(b, fiber)) continue;
       moved = true;
-      block.current = i;
-      if (!_setjmp(block.scheduler)) {
+      block = &b;
+      current = at % threads;
+      if (!_setjmp(scheduler)) {
         if (fiber.started) _longjmp(fiber.resume, 1);
         fiber.started = true;
         setcontext(&fiber.start);
       }
-      left = left - block.fibers[i].done;
+      left = left - blocks[at / threads]->fibers[at % threads].done;
     }
     if (!moved) {
       fprintf(stderr, "cuda emulation: %u threads wait at barriers that the others never reach\n", left);
@@ -132,25 +161,45 @@ inline void run_block() {
 
 template <class Args>
 void launch(void (*kernel)(Args), dim3 grid, unsigned threads, uintptr_t, const Args& args) {
-  block.grid_dim = grid;
-  block.block_dim = dim3(threads);
-  block.body = [&] { kernel(args); };
+  grid_dim = grid;
+  block_dim = dim3(threads);
+  body = [&] { kernel(args); };
+  if (blocks.empty()) blocks.push_back(std::make_unique<Block>());
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
-        block.block_idx = dim3(x, y, z);
-        run_block();
+        prepare(*blocks[0], dim3(x, y, z));
+        run_blocks(1);
       }
+}
+
+template <class Args>
+void launch_resident(void (*kernel)(Args), unsigned count, unsigned threads, uintptr_t, const Args& args) {
+  if (count > kResidentBlocks) {
+    fprintf(stderr, "cuda emulation: %u blocks cannot be resident\n", count);
+    abort();
+  }
+  grid_dim = dim3(count);
+  block_dim = dim3(threads);
+  body = [&] { kernel(args); };
+  while (blocks.size() < count) blocks.push_back(std::make_unique<Block>());
+  for (unsigned i = 0; i < count; ++i) prepare(*blocks[i], dim3(i));
+  run_blocks(count);
+}
+
+template <class Args>
+int max_resident_blocks(void (*)(Args), int, int) {
+  return kResidentBlocks;
 }
 
 }  // namespace pgolf::emulation
 
-#define threadIdx (dim3(::pgolf::emulation::block.current))
-#define blockIdx (::pgolf::emulation::block.block_idx)
-#define blockDim (::pgolf::emulation::block.block_dim)
-#define gridDim (::pgolf::emulation::block.grid_dim)
+#define threadIdx (dim3(::pgolf::emulation::current))
+#define blockIdx (::pgolf::emulation::block->index)
+#define blockDim (::pgolf::emulation::block_dim)
+#define gridDim (::pgolf::emulation::grid_dim)
 
-inline void __syncthreads() { ::pgolf::emulation::wait(0, int(::pgolf::emulation::block.block_dim.x)); }
+inline void __syncthreads() { ::pgolf::emulation::wait(0, int(::pgolf::emulation::block_dim.x)); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -195,10 +244,29 @@ inline float __uint_as_float(unsigned x) {
 namespace pgolf {
 
 using emulation::launch;
+using emulation::launch_resident;
+using emulation::max_resident_blocks;
 
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
+
+template <class T>
+T& shared_memory() {
+  static_assert(sizeof(T) <= emulation::kSharedBytes, "no GPU has more without asking");
+  return *reinterpret_cast<T*>(emulation::block->shared.get());
+}
+
+inline void group_barrier(unsigned* counter, unsigned target) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ++*counter;
+    auto& fiber = emulation::block->fibers[emulation::current];
+    fiber.barrier = -1, fiber.counter = counter, fiber.target = target;
+    if (*counter < target) emulation::pause();
+  }
+  __syncthreads();
+}
 
 inline void named_barrier(int id, int threads) { emulation::wait(id, threads); }
 inline float exp2_approx(float x) { return exp2f(x); }

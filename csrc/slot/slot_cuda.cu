@@ -1,290 +1,33 @@
-// SLOT on a GPU: gather the rows, then per step a sweep over the logits and the sums that turn it into an AdamW update.
+// SLOT on a GPU: the rows are gathered, then per step a sweep over the logits and the sums that turn it into an update.
 //
-// Nothing is added up by atomics: a segment's sums are reduced in the order of the segments, products with the weight
-// in an order that depends on V and D alone. The surprise is that nothing here is a matrix product: the caller
-// multiplies once, and what a step needs of the weight are two matrix-vector products per window.
+// Launches: count and gather one each (per 256 windows), then
+//     AdamW, a window's steps in one launch    1 for as many windows as are resident at once (8 of 2048 rows on an
+//     H200) AdamW, batch-shared or before the norm   2 a step for a bias, 5 with delta, 6 through the norm L-BFGS those
+//     per evaluation, and 1 that moves every problem on scores                                   1, and 1 for delta
+// and none of them waits for the host. The surprise is that nothing here is a matrix product: the caller multiplies
+// once, and what a step needs of the weight are two matrix-vector products per window.
 #include "slot/slot_cuda.h"
 
 #include <math.h>
 
+#include <algorithm>
+
 #include "common/cuda.h"
+#include "slot/slot_lbfgs.cuh"
+#include "slot/slot_one_launch.cuh"
+#include "slot/slot_rows.cuh"
 #include "slot/slot_sweep.cuh"
+#include "slot/slot_update.cuh"
 
 namespace pgolf::slot::cuda {
 namespace {
 
-constexpr int kSlices = 8;           // threads that share one sum over segments
-constexpr int kGroupsAtOnce = 8;     // groups that share one reading of the weight
-constexpr int kDepthTile = 512;      // elements of delta per group in shared memory
-constexpr int kLayoutWindows = 256;  // what fits into a kernel's arguments
-
-struct Gather {
-  const void* hidden;
-  const int64_t* targets;
-  const float* weights;
-  const bool* wanted;
-  int64_t T;
-  int D, first_window, num_segments;
-  int32_t first_segment[kLayoutWindows + 1];
-  int32_t first_row[kLayoutWindows];
-  int32_t num_rows[kLayoutWindows];
-  int32_t *source, *target, *output, *segment, *window;
-  float* weight;
-};
-
-// One block per window: list its rows, and mark the padding by source -1.
-__global__ void __launch_bounds__(kThreads) slot_index_kernel(const __grid_constant__ Gather a) {
-  __shared__ int counts[kWarps];
-  const int own = blockIdx.x, window = a.first_window + own, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_segment = a.first_segment[own], last_segment = a.first_segment[own + 1], most = a.num_rows[own];
-  const int64_t first = int64_t(first_segment) * kSegmentRows, last = int64_t(last_segment) * kSegmentRows;
-  int found = 0;
-  for (int64_t start = 0; start < a.T; start += kThreads) {
-    const int64_t t = start + threadIdx.x, at = window * a.T + t;
-    const bool takes_part = t < a.T && (a.weights ? a.weights[at] > 0 : a.wanted[at]);
-    const unsigned ballot = __ballot_sync(~0u, takes_part);
-    if (lane == 0) counts[warp] = __popc(ballot);
-    __syncthreads();
-    int slot = found + __popc(ballot & ((1u << lane) - 1));
-    for (int i = 0; i < kWarps; ++i) {
-      slot += i < warp ? counts[i] : 0;
-      found += counts[i];
-    }
-    __syncthreads();
-    if (!takes_part || slot >= most) continue;
-    a.source[first + slot] = int32_t(t);
-    a.target[first + slot] = int32_t(a.targets[at]);
-    if (a.weight) a.weight[first + slot] = a.weights[at];
-    if (a.output) a.output[first + slot] = a.first_row[own] + slot;
-  }
-  found = found < most ? found : most;
-  for (int64_t i = first + found + threadIdx.x; i < last; i += kThreads) a.source[i] = -1;
-  for (int i = first_segment + threadIdx.x; i < last_segment; i += kThreads) {
-    const int left = found - (i - first_segment) * kSegmentRows;
-    a.segment[i] = window;
-    a.segment[a.num_segments + i] = left < 0 ? 0 : left < kSegmentRows ? left : kSegmentRows;
-  }
-  if (threadIdx.x == 0) {
-    a.window[window] = first_segment;
-    a.window[window + 1] = last_segment;
-  }
-}
-
-struct Copy {
-  const void* hidden;
-  const int32_t *source, *segment;
-  int64_t T, words;  // per row
-  void* out;
-};
-
-// Copy the rows of a segment, Word by Word.
-template <class Word>
-__global__ void __launch_bounds__(kThreads) slot_gather_kernel(const __grid_constant__ Copy a) {
-  const int segment = blockIdx.x;
-  for (int i = threadIdx.x / 32; i < kSegmentRows; i += kWarps) {
-    const int64_t row = int64_t(segment) * kSegmentRows + i, t = a.source[row];
-    const Word* in = static_cast<const Word*>(a.hidden) + (a.segment[segment] * a.T + t) * a.words;
-    Word* out = static_cast<Word*>(a.out) + row * a.words;
-    for (int64_t k = threadIdx.x % 32; k < a.words; k += 32) out[k] = t < 0 ? Word{} : in[k];
-  }
-}
-
-struct Project {
-  const void* weight;  // [V, D]
-  const float* delta;  // rows of [D]
-  const float* bias;   // rows of [V], or null
-  int64_t delta_stride, bias_stride;
-  int V, D, num_groups;
-  float* out;  // [G, V]
-};
-
-// out = weight delta + bias: a warp per column of the logits, for kGroupsAtOnce groups.
-template <class T>
-__global__ void __launch_bounds__(kThreads) slot_project_kernel(const __grid_constant__ Project a) {
-  __shared__ float delta[kGroupsAtOnce][kDepthTile];
-  const int v = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = blockIdx.y * kGroupsAtOnce;
-  const int count = a.num_groups - first < kGroupsAtOnce ? a.num_groups - first : kGroupsAtOnce;
-  float acc[kGroupsAtOnce] = {};
-  for (int start = 0; start < a.D; start += kDepthTile) {
-    const int width = a.D - start < kDepthTile ? a.D - start : kDepthTile;
-    __syncthreads();
-    for (int i = threadIdx.x; i < kGroupsAtOnce * kDepthTile; i += kThreads) {
-      const int g = i / kDepthTile, d = i % kDepthTile;
-      delta[g][d] = g < count && d < width ? a.delta[(first + g) * a.delta_stride + start + d] : 0.0f;
-    }
-    __syncthreads();
-    if (v >= a.V) continue;
-    const T* w = static_cast<const T*>(a.weight) + int64_t(v) * a.D + start;
-#pragma unroll 4
-    for (int d = lane; d < width; d += 32) {
-      const float x = load(w + d);
-#pragma unroll
-      for (int g = 0; g < kGroupsAtOnce; ++g) acc[g] = fmaf(x, delta[g][d], acc[g]);
-    }
-  }
-  if (v >= a.V) return;
-#pragma unroll
-  for (int g = 0; g < kGroupsAtOnce; ++g) {
-    const float total = warp_sum(acc[g]);
-    if (lane == 0 && g < count)
-      a.out[int64_t(first + g) * a.V + v] = total + (a.bias ? a.bias[(first + g) * a.bias_stride + v] : 0.0f);
-  }
-}
-
-struct PullBack {
-  const void* weight;
-  const float* sums;  // [G, V]
-  int V, D, num_groups;
-  float* out;  // [chunks, G, D]
-};
-
-// out = sums weight, for kSegmentRows rows of the weight and kGroupsAtOnce groups; a thread per column of the weight.
-template <class T>
-__global__ void __launch_bounds__(kThreads) slot_pull_back_kernel(const __grid_constant__ PullBack a) {
-  __shared__ float sums[kGroupsAtOnce][kSegmentRows];
-  const int first_v = blockIdx.x * kSegmentRows, first = blockIdx.y * kGroupsAtOnce;
-  const int rows = a.V - first_v < kSegmentRows ? a.V - first_v : kSegmentRows;
-  const int count = a.num_groups - first < kGroupsAtOnce ? a.num_groups - first : kGroupsAtOnce;
-  for (int i = threadIdx.x; i < kGroupsAtOnce * kSegmentRows; i += kThreads) {
-    const int g = i / kSegmentRows, v = i % kSegmentRows;
-    sums[g][v] = g < count && v < rows ? a.sums[int64_t(first + g) * a.V + first_v + v] : 0.0f;
-  }
-  __syncthreads();
-  const int d = blockIdx.z * kThreads + threadIdx.x;
-  if (d >= a.D) return;
-  const T* w = static_cast<const T*>(a.weight) + int64_t(first_v) * a.D + d;
-  float acc[kGroupsAtOnce] = {};
-#pragma unroll 8
-  for (int v = 0; v < rows; ++v) {
-    const float x = load(w + int64_t(v) * a.D);
-#pragma unroll
-    for (int g = 0; g < kGroupsAtOnce; ++g) acc[g] = fmaf(x, sums[g][v], acc[g]);
-  }
-#pragma unroll
-  for (int g = 0; g < kGroupsAtOnce; ++g)
-    if (g < count) a.out[(int64_t(blockIdx.x) * a.num_groups + first + g) * a.D + d] = acc[g];
-}
-
-struct AddRows {
-  const void* hidden;      // [R, D]
-  const float* slope;      // [R]
-  const int32_t* segment;  // [2, S]
-  const float* delta;      // rows of [D]
-  int64_t delta_stride;
-  int D, num_segments;
-  bool shared;
-  float* out;  // [S, D]
-};
-
-// out = sum over the segment's rows of slope (h + delta): what delta does through the norm.
-template <class T>
-__global__ void __launch_bounds__(kThreads) slot_add_rows_kernel(const __grid_constant__ AddRows a) {
-  __shared__ float slope[kSegmentRows];
-  const int segment = blockIdx.x, count = a.segment[a.num_segments + segment], d = blockIdx.y * kThreads + threadIdx.x;
-  const int64_t first = int64_t(segment) * kSegmentRows, group = a.shared ? 0 : a.segment[segment];
-  if (int(threadIdx.x) < count) slope[threadIdx.x] = a.slope[first + threadIdx.x];
-  __syncthreads();
-  if (d >= a.D) return;
-  const T* h = static_cast<const T*>(a.hidden) + first * a.D + d;
-  const float shift = a.delta[group * a.delta_stride + d];
-  float total = 0;
-#pragma unroll 8
-  for (int i = 0; i < count; ++i) total = fmaf(slope[i], load(h + int64_t(i) * a.D) + shift, total);
-  a.out[int64_t(segment) * a.D + d] = total;
-}
-
-struct Moments {
-  float *x, *m, *v;  // rows of the group's parameters, `stride` apart
-  int64_t stride;
-  float beta1, beta2, rest1, rest2, keep, step, correction, eps;
-  bool first;  // the moments are zero, and hold nothing yet
-};
-
-__device__ __forceinline__ void adamw(const Moments& a, int64_t at, float g) {
-  const float m = (a.first ? 0.0f : a.beta1 * a.m[at]) + a.rest1 * g;
-  const float v = (a.first ? 0.0f : a.beta2 * a.v[at]) + a.rest2 * g * g;
-  a.m[at] = m;
-  a.v[at] = v;
-  a.x[at] = a.x[at] * a.keep - a.step * m / (sqrtf(v * a.correction) + a.eps);
-}
-
-// Sum of values[i * stride] over i in [first, last): each of kSlices threads takes every kSlices-th, thread 0 the sums.
-// Complete in the threads of slice 0. A block is kSlices rows of 32 columns.
-template <class T>
-__device__ __forceinline__ T sliced_sum(const T* values, int64_t first, int64_t last, int64_t stride, bool inside,
-                                        T (*parts)[32]) {
-  const int slice = threadIdx.x / 32, column = threadIdx.x % 32;
-  T total = 0;
-#pragma unroll 4
-  for (int64_t i = first + slice; inside && i < last; i += kSlices) total += values[i * stride];
-  __syncthreads();
-  parts[slice][column] = total;
-  __syncthreads();
-  total = parts[0][column];
-  for (int i = 1; i < kSlices; ++i) total += parts[i][column];
-  return total;
-}
-
-struct Reduce {
-  const float *partial, *bias_partial;  // [S, V]; the second is the bias's own, or null
-  const double* loss_partial;           // [S]
-  const int32_t* window;                // [B + 1]
-  int V, num_segments;
-  bool shared, bias;
-  float* sums;    // [G, V] or null
-  float* losses;  // [G]
-  Moments moments;
-};
-
-// Block (g, j): 32 columns of group g.
-__global__ void __launch_bounds__(kThreads) slot_reduce_kernel(const __grid_constant__ Reduce a) {
-  static_assert(kThreads == 32 * kSlices, "a block is kSlices rows of 32 columns");
-  __shared__ float parts[kSlices][32];
-  __shared__ double loss_parts[kSlices][32];
-  const int group = blockIdx.x, v = blockIdx.y * 32 + threadIdx.x % 32;
-  const int first = a.shared ? 0 : a.window[group], last = a.shared ? a.num_segments : a.window[group + 1];
-  if (blockIdx.y == 0) {
-    const double loss = sliced_sum(a.loss_partial, first, last, 1, true, loss_parts);
-    if (threadIdx.x == 0) a.losses[group] = float(loss);
-  }
-  if (first == last) return;  // a group without rows keeps its parameters
-  const bool inside = v < a.V, writes = inside && threadIdx.x < 32;
-  float g = 0;
-  if (a.partial) g = sliced_sum(a.partial + v, first, last, a.V, inside, parts);
-  if (a.sums && writes) a.sums[int64_t(group) * a.V + v] = g;
-  if (a.bias_partial) g = sliced_sum(a.bias_partial + v, first, last, a.V, inside, parts);
-  if (a.bias && writes) adamw(a.moments, group * a.moments.stride + v, g);
-}
-
-struct Descend {
-  const float* depth_partial;  // [chunks, G, D]
-  const float* row_partial;    // [S, D] or null
-  const int32_t* window;
-  int D, num_groups, num_chunks, num_segments;
-  bool shared;
-  Moments moments;
-};
-
-// Block (g, j): 32 elements of group g's delta.
-__global__ void __launch_bounds__(kThreads) slot_descend_kernel(const __grid_constant__ Descend a) {
-  __shared__ float parts[kSlices][32];
-  const int group = blockIdx.x, d = blockIdx.y * 32 + threadIdx.x % 32;
-  const int first = a.shared ? 0 : a.window[group], last = a.shared ? a.num_segments : a.window[group + 1];
-  if (first == last) return;
-  const bool inside = d < a.D;
-  const int64_t stride = int64_t(a.num_groups) * a.D;
-  float g = sliced_sum(a.depth_partial + int64_t(group) * a.D + d, 0, a.num_chunks, stride, inside, parts);
-  if (a.row_partial) g -= sliced_sum(a.row_partial + d, first, last, a.D, inside, parts);
-  if (inside && threadIdx.x < 32) adamw(a.moments, group * a.moments.stride + d, g);
-}
-
 struct Score {
-  const void *hidden, *logits;  // [R, D], [R, stride]
-  const int32_t *target, *output, *segment;
-  const float *shift, *bias, *delta;  // rows `..._stride` apart, or null
-  int64_t stride, shift_stride, bias_stride, delta_stride;
-  int V, D, num_segments;
+  const void *hidden, *logits;  // [R, D], [.., stride] from first_row on
+  const int32_t *target, *segment_window, *segment_count, *segment_row, *first_segment, *first_output, *found;
+  const float *shift, *bias, *delta;  // rows `.._stride` apart, or null
+  int64_t stride, first_row, shift_stride, bias_stride, delta_stride;
+  int V, D, first_block_segment;
   float cap;
   bool before;
   float* nll;
@@ -293,11 +36,18 @@ struct Score {
 // A warp per row: the scores go out once, so this is exact in every form, and as slow as that is.
 template <class T>
 __global__ void __launch_bounds__(kThreads) slot_score_kernel(const __grid_constant__ Score a) {
-  const int segment = blockIdx.x, window = a.segment[segment], count = a.segment[a.num_segments + segment];
+  const int segment = a.first_block_segment + int(blockIdx.x), window = a.segment_window[segment];
   const int lane = threadIdx.x % 32, i = blockIdx.y * kWarps + threadIdx.x / 32;
-  if (i >= count) return;
-  const int64_t row = int64_t(segment) * kSegmentRows + i;
-  const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+  const int64_t row = int64_t(a.segment_row[segment]) + i;
+  const int64_t at = row - a.segment_row[a.first_segment[window]];  // among the window's rows
+  const int room = a.first_output[window + 1] - a.first_output[window];
+  if (i >= rows_per_segment(room) || at >= room) return;
+  float* nll = a.nll + a.first_output[window] + at;
+  if (i >= a.segment_count[segment] || a.found[window] < 0) {  // fewer rows than there is room for, or impossible ones
+    if (lane == 0) *nll = NAN;
+    return;
+  }
+  const T* logits = static_cast<const T*>(a.logits) + (row - a.first_row) * a.stride;
   const float* shift = a.shift ? a.shift + window * a.shift_stride : nullptr;
   const float* bias = a.bias ? a.bias + window * a.bias_stride : nullptr;
   const float* delta = a.delta ? a.delta + window * a.delta_stride : nullptr;
@@ -316,135 +66,362 @@ __global__ void __launch_bounds__(kThreads) slot_score_kernel(const __grid_const
 #pragma unroll 4
   for (int v = lane; v < a.V; v += 32) total += exp2_approx((logit(v) - largest) * kLog2e);
   total = warp_sum(total);
-  if (lane == 0) a.nll[a.output[row]] = logf(total) + (largest - logit(a.target[row]));
+  if (lane == 0) *nll = logf(total) + (largest - logit(a.target[row]));
 }
 
 int num_blocks(int64_t n, int64_t per_block) { return int((n + per_block - 1) / per_block); }
 
-int num_segments(const Rows& rows) {
-  int64_t total = 0;
-  for (const int64_t n : rows.num_rows) total += num_blocks(n, kSegmentRows);
-  return int(total);
-}
+// Cuts one piece of memory into arrays at multiples of 256 bytes; without memory it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
 
-template <class T>
-void project(const Problem& p, const Project& a) {
-  launch(slot_project_kernel<T>, dim3(num_blocks(p.V, kWarps), num_blocks(a.num_groups, kGroupsAtOnce)), kThreads,
-         p.stream, a);
-}
+  template <class T>
+  T* take(size_t n) {
+    T* result = memory_ && n ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
+    used_ += (n * sizeof(T) + 255) / 256 * 256;
+    return result;
+  }
+  size_t used() const { return used_; }
 
-template <class T>
-void sweep(const Problem& p, const Sweep& a) {
-  const bool plain = 0 < p.cap && p.cap <= kLargestPlainCap && p.V % kVector == 0;
-  auto* kernel = p.before ? (plain ? slot_sweep_kernel<T, true, true> : slot_sweep_kernel<T, true, false>)
-                          : (plain ? slot_sweep_kernel<T, false, true> : slot_sweep_kernel<T, false, false>);
-  launch(kernel, dim3(a.num_segments), kThreads, p.stream, a);
-}
+ private:
+  char* memory_;
+  size_t used_ = 0;
+};
 
-template <class T>
-void fit_as(const Problem& p, const Rows& rows, const AdamW& adamw, const Fit& f) {
-  const int S = num_segments(rows), D = int(p.D), V = int(p.V), G = f.shared ? 1 : int(p.B);
-  const int64_t P = (f.delta ? D : 0) + (f.bias ? V : 0);
-  float* bias = f.x + (f.delta ? D : 0);
-  const int chunks = num_blocks(V, kSegmentRows);
+struct Sizes {
+  int S, D, V, G, chunks;
+  int64_t R, P;
 
-  // In the logits, a bias is one more shift; through the norm it is not.
-  const Project projection = {p.weight, f.x, f.bias && !p.before ? bias : nullptr, P, P, V, D, G, f.shift};
-  Sweep s = {rows.hidden, rows.logits, rows.target, rows.weight, rows.segment};
-  s.shift = f.delta ? f.shift : p.before ? nullptr : bias;
-  s.shift_stride = f.delta ? V : P;
-  s.bias = p.before && f.bias ? bias : nullptr;
-  s.delta = p.before && f.delta ? f.x : nullptr;
-  s.parameter_stride = P, s.stride = rows.stride;
-  s.D = D, s.V = V, s.num_segments = S;
-  for (s.team_warps = 1; s.team_warps * 32 * kColumns < V;) s.team_warps *= 2;
-  s.cap = p.cap, s.shared = f.shared;
-  s.partial = f.partial, s.bias_partial = f.bias_partial, s.slope = f.slope, s.loss_partial = f.loss_partial;
-  const PullBack pull_back = {p.weight, f.sums, V, D, G, f.depth_partial};
-  const AddRows add_rows = {rows.hidden, f.slope, rows.segment, f.x, P, D, S, f.shared, f.row_partial};
+  Sizes(const Problem& p, const Layout& layout, const Form& f)
+      : S(layout.num_segments()),
+        D(int(p.D)),
+        V(int(p.V)),
+        G(f.shared ? 1 : int(p.B)),
+        chunks(num_blocks(p.V, kChunkColumns)),
+        R(layout.num_rows()),
+        P((f.delta ? D : 0) + (f.bias ? V : 0)) {}
+};
 
-  Moments moments = {f.x, f.moments, f.moments + G * P, P};
-  moments.beta1 = float(adamw.beta1), moments.beta2 = float(adamw.beta2), moments.eps = float(adamw.eps);
+// What an evaluation of loss and gradient needs.
+struct Workspace {
+  float *shift, *sums;                 // [G, V], if delta
+  float *partial, *bias_partial;       // [S, V]; the second if before
+  float *depth_partial, *row_partial;  // [max(chunks G, S), D] if delta; [S, D] if before and delta
+  float* slope;                        // [R] if before and delta
+  double* loss_partial;                // [S]
+  float* moments;                      // [2, G, P] of AdamW
+
+  Workspace(const Problem& p, const Sizes& n, const Form& f, bool has_moments, Arena& arena) {
+    const size_t S = n.S, through = f.delta && p.before, chunks = size_t(n.chunks) * n.G;
+    shift = arena.take<float>(f.delta ? size_t(n.G) * n.V : 0);
+    sums = arena.take<float>(f.delta ? size_t(n.G) * n.V : 0);
+    partial = arena.take<float>(f.delta || !p.before ? S * n.V : 0);
+    bias_partial = arena.take<float>(f.bias && p.before ? S * n.V : 0);
+    depth_partial = arena.take<float>(f.delta ? (chunks > S ? chunks : S) * n.D : 0);
+    row_partial = arena.take<float>(through ? S * n.D : 0);
+    slope = arena.take<float>(through ? n.R : 0);
+    loss_partial = arena.take<double>(S);
+    moments = arena.take<float>(has_moments ? 2 * n.G * n.P : 0);
+  }
+};
+
+Update adamw_update(const AdamW& adamw, float* x, float* moments, const Sizes& n) {
+  Update u = {nullptr, x, moments, moments + n.G * n.P, n.P};
+  u.beta1 = float(adamw.beta1), u.beta2 = float(adamw.beta2), u.eps = float(adamw.eps);
   // From the doubles: 1 - beta2 in float is 1e-5 off.
-  moments.rest1 = float(1 - adamw.beta1), moments.rest2 = float(1 - adamw.beta2);
-  double power1 = 1, power2 = 1;
-  for (size_t k = 0; k < adamw.learning_rates.size(); ++k) {
-    const double lr = adamw.learning_rates[k];
-    power1 *= adamw.beta1, power2 *= adamw.beta2;
-    moments.keep = float(1 - lr * adamw.weight_decay), moments.step = float(lr / (1 - power1));
-    moments.correction = float(1 / (1 - power2));
-    moments.first = k == 0;
+  u.rest1 = float(1 - adamw.beta1), u.rest2 = float(1 - adamw.beta2);
+  return u;
+}
 
-    if (f.delta) project<T>(p, projection);
-    if (S) sweep<T>(p, s);
-    Reduce reduce = {f.partial, f.bias_partial, f.loss_partial, rows.window, V, S, f.shared, f.bias};
-    reduce.sums = f.sums, reduce.losses = f.losses + k * G;
-    reduce.moments = moments;
-    reduce.moments.x += bias - f.x, reduce.moments.m += bias - f.x, reduce.moments.v += bias - f.x;
-    launch(slot_reduce_kernel, dim3(G, num_blocks(V, 32)), kThreads, p.stream, reduce);
-    if (!f.delta || !S) continue;
-    const dim3 grid(chunks, num_blocks(G, kGroupsAtOnce), num_blocks(D, kThreads));
-    launch(slot_pull_back_kernel<T>, grid, kThreads, p.stream, pull_back);
-    if (p.before) launch(slot_add_rows_kernel<T>, dim3(S, num_blocks(D, kThreads)), kThreads, p.stream, add_rows);
-    const Descend descend = {f.depth_partial, f.row_partial, rows.window, D, G, chunks, S, f.shared, moments};
-    launch(slot_descend_kernel, dim3(G, num_blocks(D, 32)), kThreads, p.stream, descend);
+// Of each step.
+std::vector<Scale> scales(const AdamW& adamw) {
+  std::vector<Scale> result;
+  double power1 = 1, power2 = 1;
+  for (const double lr : adamw.learning_rates) {
+    power1 *= adamw.beta1, power2 *= adamw.beta2;
+    result.push_back({float(1 - lr * adamw.weight_decay), float(lr / (1 - power1)), float(1 / (1 - power2))});
+  }
+  return result;
+}
+
+Sweep make_sweep(const Problem& p, const Rows& rows, const Logits& logits, const Form& f, const Sizes& n,
+                 const Workspace& w, const float* x) {
+  const float* bias = x + (f.delta ? n.D : 0);
+  Sweep s = {rows.hidden, logits.data, rows.target, rows.weight};
+  s.segment_window = rows.segment_window, s.segment_count = rows.segment_count, s.segment_row = rows.segment_row;
+  // In the logits, a bias is one more shift; through the norm it is not.
+  s.shift = f.delta ? w.shift : p.before ? nullptr : bias;
+  s.shift_stride = f.delta ? n.V : n.P;
+  s.bias = p.before && f.bias ? bias : nullptr;
+  s.delta = p.before && f.delta ? x : nullptr;
+  s.parameter_stride = n.P, s.stride = logits.stride, s.first_row = logits.first_row;
+  s.D = n.D, s.V = n.V;
+  for (s.team_warps = 1; s.team_warps * 32 * kColumns < n.V;) s.team_warps *= 2;
+  s.cap = p.cap, s.shared = f.shared;
+  s.partial = w.partial, s.bias_partial = w.bias_partial, s.slope = w.slope, s.loss_partial = w.loss_partial;
+  return s;
+}
+
+// Loss and gradient of every group at x, and what `update` makes of it.
+template <class T>
+void evaluate(const Problem& p, const Rows& rows, const Logits& logits, const Form& f, const Sizes& n,
+              const Workspace& w, const Groups& groups, float* x, const Update& update, float* losses,
+              double* exact_losses) {
+  const int bias_at = f.delta ? n.D : 0;
+  if (f.delta) {
+    const float* bias = f.bias && !p.before ? x + bias_at : nullptr;
+    const Project a = {p.weight, x, bias, n.P, n.P, n.V, n.D, n.G, w.shift};
+    const dim3 grid(num_blocks(n.V, kWarps), num_blocks(n.G, kGroupsAtOnce));
+    launch(slot_project_kernel<T>, grid, kThreads, p.stream, a);
+  }
+  Sweep s = make_sweep(p, rows, logits, f, n, w, x);
+  s.done = groups.done, s.joint = groups.joint;
+  auto* kernel = p.before ? (is_plain(p) ? slot_sweep_kernel<T, true, true> : slot_sweep_kernel<T, true, false>)
+                          : (is_plain(p) ? slot_sweep_kernel<T, false, true> : slot_sweep_kernel<T, false, false>);
+  if (n.S) launch(kernel, dim3(n.S), kThreads, p.stream, s);
+  const Reduce reduce = {w.partial, w.bias_partial, w.loss_partial, groups,       n.V,
+                         f.bias,    w.sums,         losses,         exact_losses, update.from(bias_at)};
+  launch(slot_reduce_kernel, dim3(n.G, num_blocks(n.V, 32)), kThreads, p.stream, reduce);
+  if (!f.delta || !n.S) return;
+  const dim3 grid(n.chunks, num_blocks(n.G, kGroupsAtOnce), num_blocks(n.D, kThreads));
+  launch(slot_pull_back_kernel<T>, grid, kThreads, p.stream,
+         PullBack{p.weight, w.sums, n.V, n.D, n.G, w.depth_partial});
+  if (p.before) {
+    const AddRows a = {rows.hidden, w.slope,  rows.segment_window, rows.segment_count, rows.segment_row, x, n.P,
+                       n.D,         f.shared, w.row_partial};
+    launch(slot_add_rows_kernel<T>, dim3(n.S, num_blocks(n.D, kThreads)), kThreads, p.stream, a);
+  }
+  const Descend descend = {w.depth_partial, w.row_partial, groups, n.D, n.G, n.chunks, update};
+  launch(slot_descend_kernel, dim3(n.G, num_blocks(n.D, 32)), kThreads, p.stream, descend);
+}
+
+template <class T>
+void fit_as(const Problem& p, const Layout& layout, const Rows& rows, const Logits& logits, const Form& f,
+            const AdamW& adamw, float* x, float* losses, void* workspace) {
+  const Sizes n(p, layout, f);
+  Arena arena(workspace);
+  const Workspace w(p, n, f, true, arena);
+  const Groups groups = {rows.first_segment, rows.found, layout.num_windows(), n.S, f.shared};
+  Update update = adamw_update(adamw, x, w.moments, n);
+  update.first = true;
+  for (const Scale& scale : scales(adamw)) {
+    update.scale = scale;
+    evaluate<T>(p, rows, logits, f, n, w, groups, x, update, losses, nullptr);
+    update.first = false;
+    losses += n.G;
+  }
+}
+
+using OneLaunchKernel = void (*)(OneLaunch);
+
+OneLaunchKernel one_launch_kernel(const Problem& p) {
+  if (p.bf16) return is_plain(p) ? slot_one_launch_kernel<Bf16, true> : slot_one_launch_kernel<Bf16, false>;
+  return is_plain(p) ? slot_one_launch_kernel<float, true> : slot_one_launch_kernel<float, false>;
+}
+
+// What L-BFGS needs beside an evaluation.
+struct LbfgsWorkspace {
+  int num_problems, num_parts;
+  int64_t N;
+  float *point, *gradient, *vectors;
+  double *loss, *rho, *sums;
+  LbfgsState* states;
+  unsigned* arrivals;
+  int* done;
+
+  LbfgsWorkspace(const Sizes& n, const Lbfgs& o, Arena& arena)
+      : num_problems(o.joint ? 1 : n.G), N(o.joint ? n.G * n.P : n.P) {
+    const int most = num_blocks(N, kElementsPerBlock);
+    num_parts = !o.joint ? 1 : most < 1 ? 1 : most < kMaxParts ? most : kMaxParts;
+    const size_t size = size_t(n.G) * n.P, blocks = size_t(num_problems) * num_parts;
+    point = arena.take<float>(size);
+    gradient = arena.take<float>(size);
+    vectors = arena.take<float>(size * (1 + kSlots + 2 * o.history));
+    loss = arena.take<double>(n.G);
+    rho = arena.take<double>(blocks * o.history);
+    sums = arena.take<double>(2 * kMaxParts);
+    states = arena.take<LbfgsState>(blocks);
+    arrivals = arena.take<unsigned>(1);
+    done = arena.take<int>(num_problems);
+  }
+};
+
+template <class T>
+void fit_as(const Problem& p, const Layout& layout, const Rows& rows, const Logits& logits, const Form& f,
+            const Lbfgs& lbfgs, float* x, float* losses, void* workspace) {
+  const Sizes n(p, layout, f);
+  Arena arena(workspace);
+  const Workspace w(p, n, f, false, arena);
+  const LbfgsWorkspace own(n, lbfgs, arena);
+  const Groups groups = {rows.first_segment, rows.found, layout.num_windows(), n.S, f.shared, lbfgs.joint, own.done};
+  LbfgsStep step = {lbfgs, groups, true, own.N, lbfgs.joint ? n.G : 1, own.num_parts, x, own.point, own.gradient};
+  step.loss = own.loss, step.vectors = own.vectors, step.states = own.states, step.rho = own.rho;
+  step.sums = own.sums, step.arrivals = own.arrivals, step.done = own.done, step.losses = losses;
+  const unsigned blocks = unsigned(own.num_problems) * own.num_parts;
+  const auto advance = [&] {
+    if (own.num_parts == 1) {
+      launch(slot_lbfgs_kernel, dim3(blocks), kThreads, p.stream, step);
+    } else {
+      launch_resident(slot_lbfgs_kernel, blocks, kThreads, p.stream, step);
+    }
+  };
+  advance();
+  step.initialize = false;
+  const Update update = {own.gradient, own.point, nullptr, nullptr, n.P};
+  // The start, then per step: a search begins with at most max_eval - 1 evaluations spent, and makes at least one.
+  const int64_t per_step =
+      (lbfgs.max_eval > 1 ? lbfgs.max_eval : 1) + (lbfgs.max_line_search > 0 ? int64_t(lbfgs.max_line_search) : 0);
+  for (int64_t i = 0; i < (lbfgs.steps ? 1 + lbfgs.steps * per_step : 0); ++i) {
+    evaluate<T>(p, rows, logits, f, n, w, groups, own.point, update, nullptr, own.loss);
+    advance();
   }
 }
 
 template <class T>
-void score_as(const Problem& p, const Rows& rows, const float* delta, int64_t delta_stride, const float* bias,
-              int64_t bias_stride, float* shift, float* nll) {
-  const int V = int(p.V), D = int(p.D), S = num_segments(rows);
-  if (delta) project<T>(p, {p.weight, delta, nullptr, delta_stride, 0, V, D, delta_stride ? int(p.B) : 1, shift});
-  Score s = {rows.hidden, rows.logits, rows.target, rows.output, rows.segment};
+void score_as(const Problem& p, const Layout& layout, const Rows& rows, const Logits& logits, int first, int last,
+              const float* delta, int64_t delta_stride, const float* bias, int64_t bias_stride, float* shift,
+              float* nll) {
+  const int V = int(p.V), D = int(p.D), first_segment = layout.first_segment[first];
+  if (delta && first == 0) {
+    const Project a = {p.weight, delta, nullptr, delta_stride, 0, V, D, delta_stride ? int(p.B) : 1, shift};
+    const dim3 grid(num_blocks(V, kWarps), num_blocks(a.num_groups, kGroupsAtOnce));
+    launch(slot_project_kernel<T>, grid, kThreads, p.stream, a);
+  }
+  Score s = {rows.hidden, logits.data, rows.target, rows.segment_window, rows.segment_count, rows.segment_row};
+  s.first_segment = rows.first_segment, s.first_output = rows.first_output, s.found = rows.found;
   s.shift = delta ? shift : nullptr, s.bias = bias, s.delta = delta;
-  s.stride = rows.stride, s.shift_stride = delta_stride ? V : 0;
+  s.stride = logits.stride, s.first_row = logits.first_row, s.shift_stride = delta_stride ? V : 0;
   s.bias_stride = bias_stride, s.delta_stride = delta_stride;
-  s.V = V, s.D = D, s.num_segments = S, s.cap = p.cap, s.before = p.before, s.nll = nll;
-  launch(slot_score_kernel<T>, dim3(S, kSegmentRows / kWarps), kThreads, p.stream, s);
+  s.V = V, s.D = D, s.first_block_segment = first_segment, s.cap = p.cap, s.before = p.before, s.nll = nll;
+  int longest = 0;  // segment of these windows
+  for (int i = first; i < last; ++i) longest = std::max(longest, rows_per_segment(layout.room[i]));
+  launch(slot_score_kernel<T>, dim3(layout.first_segment[last] - first_segment, longest / kWarps), kThreads, p.stream,
+         s);
 }
 
 }  // namespace
 
-void gather(const Problem& p, const Rows& rows, const float* weights, const bool* wanted) {
-  const DeviceGuard guard(p.device);
-  const int S = num_segments(rows);
-  Gather a = {p.hidden, p.targets, weights, wanted, p.T, int(p.D), 0, S};
-  a.source = rows.source, a.target = rows.target, a.output = rows.output, a.segment = rows.segment;
-  a.window = rows.window, a.weight = rows.weight;
-  int32_t segment = 0, row = 0;
-  for (int64_t first = 0; first < p.B; first += kLayoutWindows) {
-    const int count = int(p.B - first < kLayoutWindows ? p.B - first : kLayoutWindows);
-    a.first_window = int(first);
-    for (int i = 0; i < count; ++i) {
-      a.first_segment[i] = segment, a.first_row[i] = row;
-      a.num_rows[i] = int32_t(rows.num_rows[first + i]);
-      segment += num_blocks(a.num_rows[i], kSegmentRows), row += a.num_rows[i];
-    }
-    a.first_segment[count] = segment;
-    launch(slot_index_kernel, dim3(count), kThreads, p.stream, a);
+Layout::Layout(const std::vector<int64_t>& rooms) : first_segment{0}, first_row{0}, first_output{0} {
+  for (const int64_t n : rooms) {
+    const int segments =
+        std::max(1, num_blocks(n, rows_per_segment(n)));  // one even for no rows: it writes the results
+    room.push_back(int32_t(n));
+    first_segment.push_back(first_segment.back() + segments);
+    first_row.push_back(first_row.back() + segments * rows_per_segment(n));
+    first_output.push_back(first_output.back() + int32_t(n));
   }
-  if (!S) return;
+}
+
+Rows::Rows(const Layout& layout, int32_t* integers, float* weight, void* hidden) : hidden(hidden), weight(weight) {
+  const auto take = [&](size_t n) {
+    int32_t* result = integers;
+    integers += n;
+    return result;
+  };
+  const size_t S = layout.num_segments(), windows = layout.room.size() + 1;
+  target = take(layout.num_rows());
+  segment_window = take(S), segment_count = take(S), segment_row = take(S);
+  first_segment = take(windows), first_output = take(windows), found = take(windows);
+  arrivals = reinterpret_cast<unsigned*>(take(windows));
+}
+
+void count(const Problem& p, int64_t* facts) {
+  const DeviceGuard guard(p.device);
+  launch(slot_count_kernel, dim3(unsigned(p.B)), kThreads, p.stream,
+         Count{p.targets, p.mask, p.mask_type, p.B, p.T, facts});
+}
+
+void gather(const Problem& p, const Layout& layout, const Rows& rows, const int64_t* facts) {
+  const DeviceGuard guard(p.device);
   const int64_t bytes = p.D * (p.bf16 ? 2 : 4);
   const bool wide = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p.hidden) % 16 == 0;
-  const Copy copy = {p.hidden, rows.source, rows.segment, p.T, wide ? bytes / 16 : p.D, rows.hidden};
-  launch(wide     ? slot_gather_kernel<uint4>
-         : p.bf16 ? slot_gather_kernel<uint16_t>
-                  : slot_gather_kernel<float>,
-         dim3(S), kThreads, p.stream, copy);
+  Gather a = {p.hidden, p.mask, p.targets, facts, p.mask_type, p.whole_batch, p.B, p.T, p.V, wide ? bytes / 16 : p.D};
+  a.target = rows.target, a.segment_window = rows.segment_window, a.segment_count = rows.segment_count;
+  a.segment_row = rows.segment_row, a.window_segment = rows.first_segment, a.window_output = rows.first_output;
+  a.found = rows.found, a.arrivals = rows.arrivals, a.weight = rows.weight, a.out = rows.hidden;
+  for (int64_t first = 0; first < p.B; first += kLayoutWindows) {
+    const int count = int(std::min<int64_t>(p.B - first, kLayoutWindows));
+    a.first_window = int(first), a.num_windows = count;
+    for (int i = 0; i <= count; ++i) {
+      a.first_segment[i] = layout.first_segment[first + i], a.first_row[i] = layout.first_row[first + i];
+      a.first_output[i] = layout.first_output[first + i];
+    }
+    launch(wide     ? slot_gather_kernel<uint4>
+           : p.bf16 ? slot_gather_kernel<uint16_t>
+                    : slot_gather_kernel<float>,
+           dim3(count + a.first_segment[count] - a.first_segment[0]), kThreads, p.stream, a);
+  }
 }
 
-void fit(const Problem& p, const Rows& rows, const AdamW& adamw, const Fit& f) {
+bool fits_one_launch(const Problem& p, const Form& f) {
+  if (p.before || f.shared) return false;
   const DeviceGuard guard(p.device);
-  p.bf16 ? fit_as<Bf16>(p, rows, adamw, f) : fit_as<float>(p, rows, adamw, f);
+  const int most =
+      std::max(num_blocks(std::min<int64_t>(p.T, kShortWindow), kShortSegmentRows), num_blocks(p.T, kSegmentRows));
+  return most <= max_resident_blocks(one_launch_kernel(p), kThreads, p.device);
 }
 
-void score(const Problem& p, const Rows& rows, const float* delta, int64_t delta_stride, const float* bias,
-           int64_t bias_stride, float* shift, float* nll) {
-  if (!num_segments(rows)) return;
+size_t adamw_bytes(const Problem& p, const Layout& layout, const Form& f) {
+  Arena arena(nullptr);
+  Workspace(p, Sizes(p, layout, f), f, true, arena);
+  return arena.used();
+}
+
+size_t lbfgs_bytes(const Problem& p, const Layout& layout, const Form& f, const Lbfgs& lbfgs) {
+  Arena arena(nullptr);
+  const Sizes n(p, layout, f);
+  Workspace(p, n, f, false, arena);
+  LbfgsWorkspace(n, lbfgs, arena);
+  return arena.used();
+}
+
+void fit(const Problem& p, const Layout& layout, const Rows& rows, const Logits& logits, const Form& f,
+         const AdamW& adamw, float* x, float* losses, void* workspace) {
   const DeviceGuard guard(p.device);
-  p.bf16 ? score_as<Bf16>(p, rows, delta, delta_stride, bias, bias_stride, shift, nll)
-         : score_as<float>(p, rows, delta, delta_stride, bias, bias_stride, shift, nll);
+  p.bf16 ? fit_as<Bf16>(p, layout, rows, logits, f, adamw, x, losses, workspace)
+         : fit_as<float>(p, layout, rows, logits, f, adamw, x, losses, workspace);
+}
+
+void fit(const Problem& p, const Layout& layout, const Rows& rows, const Logits& logits, const Form& f,
+         const Lbfgs& lbfgs, float* x, float* losses, void* workspace) {
+  const DeviceGuard guard(p.device);
+  p.bf16 ? fit_as<Bf16>(p, layout, rows, logits, f, lbfgs, x, losses, workspace)
+         : fit_as<float>(p, layout, rows, logits, f, lbfgs, x, losses, workspace);
+}
+
+void fit_in_one_launch(const Problem& p, const Layout& layout, const Rows& rows, const Logits& logits, const Form& f,
+                       const AdamW& adamw, int first, int last, float* x, float* losses, void* workspace) {
+  const DeviceGuard guard(p.device);
+  const Sizes n(p, layout, f);
+  Arena arena(workspace);
+  const Workspace w(p, n, f, true, arena);
+  const OneLaunchKernel kernel = one_launch_kernel(p);
+  const int most = max_resident_blocks(kernel, kThreads, p.device);
+  OneLaunch a = {make_sweep(p, rows, logits, f, n, w, x), p.weight, rows.first_segment, rows.found, rows.arrivals};
+  a.num_groups = n.G, a.delta = f.delta, a.bias = f.bias;
+  a.update = adamw_update(adamw, x, w.moments, n);
+  a.shift = w.shift, a.depth_partial = w.depth_partial, a.losses = losses;
+  const std::vector<Scale> all = scales(adamw);
+  const int* segments = layout.first_segment.data();
+  for (int end; first < last; first = end) {
+    for (end = first + 1; end < last && segments[end + 1] - segments[first] <= most;) ++end;
+    a.first_block_segment = segments[first];
+    for (size_t k = 0; k < all.size(); k += kStepsAtOnce) {
+      a.first_step = int(k), a.num_steps = int(std::min<size_t>(all.size() - k, kStepsAtOnce));
+      a.update.first = k == 0;
+      std::copy_n(all.begin() + k, a.num_steps, a.scales);
+      launch_resident(kernel, unsigned(segments[end] - segments[first]), kThreads, p.stream, a);
+    }
+  }
+}
+
+void score(const Problem& p, const Layout& layout, const Rows& rows, const Logits& logits, int first, int last,
+           const float* delta, int64_t delta_stride, const float* bias, int64_t bias_stride, float* shift, float* nll) {
+  if (!layout.first_output.back()) return;
+  const DeviceGuard guard(p.device);
+  p.bf16 ? score_as<Bf16>(p, layout, rows, logits, first, last, delta, delta_stride, bias, bias_stride, shift, nll)
+         : score_as<float>(p, layout, rows, logits, first, last, delta, delta_stride, bias, bias_stride, shift, nll);
 }
 
 }  // namespace pgolf::slot::cuda

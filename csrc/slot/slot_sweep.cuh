@@ -65,20 +65,21 @@ __device__ __forceinline__ float inverse_rms(const T* h, const float* delta, int
 }
 
 struct Sweep {
-  const void* hidden;      // [R, D]
-  const void* logits;      // [R, stride]
-  const int32_t* target;   // [R]
-  const float* weight;     // [R]
-  const int32_t* segment;  // [2, S]
-  const float* shift;      // rows of [V] shift_stride apart, added to the logits; null: zeros
-  const float* bias;       // rows of [V] parameter_stride apart, added after the norm's factor (before only); or null
-  const float* delta;      // rows of [D] parameter_stride apart (before only); or null
-  int64_t stride, shift_stride, parameter_stride;
-  int D, V, num_segments, team_warps;
+  const void* hidden;                                           // [R, D]
+  const void* logits;                                           // of the rows from first_row on, [.., stride]
+  const int32_t* target;                                        // [R]
+  const float* weight;                                          // [R]
+  const int32_t *segment_window, *segment_count, *segment_row;  // [S]
+  const float* shift;  // rows of [V] shift_stride apart, added to the logits; null: zeros
+  const float* bias;   // rows of [V] parameter_stride apart, added after the norm's factor (before only); or null
+  const float* delta;  // rows of [D] parameter_stride apart (before only); or null
+  int64_t stride, first_row, shift_stride, parameter_stride;
+  int D, V, team_warps;
   float cap;
-  bool shared;
-  float *partial, *bias_partial, *slope;  // as in Fit
-  double* loss_partial;
+  bool shared, joint;
+  const int* done;                        // [G], [1] if joint: these groups want nothing any more; or null
+  float *partial, *bias_partial, *slope;  // [S, V], [S, V], [R]; the last two may be null
+  double* loss_partial;                   // [S]
 };
 
 // One value per row of the segment.
@@ -91,6 +92,13 @@ struct RowSums {
   float weighted_term[kSegmentRows];
   float weight[kSegmentRows];
   int target[kSegmentRows];
+};
+
+// What a block keeps in shared memory.
+struct SweepShared {
+  alignas(16) float sums[kThreads * kColumns];
+  RowSums rows;
+  float slots[2][kWarps];
 };
 
 // A team's sum or maximum, the same bits in all its threads. `slots` are two sets, so that one barrier is enough.
@@ -144,17 +152,12 @@ __device__ __forceinline__ void write_columns(const Sweep& a, const float (&acc)
 // kPlain: 0 < cap <= kLargestPlainCap and V is a multiple of kVector. Else any cap or none, any V, and a maximum per
 // row.
 template <class T, bool kBefore, bool kPlain>
-__global__ void __launch_bounds__(kThreads, kBefore || !kPlain ? 1 : 2)
-    slot_sweep_kernel(const __grid_constant__ Sweep a) {
+__device__ __forceinline__ void sweep_segment(const Sweep& a, int segment, SweepShared& shared) {
   constexpr bool kFast = kPlain && sizeof(T) == 2;
-  alignas(16) __shared__ float sums[kThreads * kColumns];
-  __shared__ RowSums rows;
-  __shared__ float slots[2][kWarps];
-
-  const int segment = blockIdx.x, group = a.shared ? 0 : a.segment[segment];
-  const int count = a.segment[a.num_segments + segment];
-  const int64_t first = int64_t(segment) * kSegmentRows;
-  const T* logits = static_cast<const T*>(a.logits) + first * a.stride;
+  auto& [sums, rows, slots] = shared;
+  const int group = a.shared ? 0 : a.segment_window[segment], count = a.segment_count[segment];
+  const int64_t first = a.segment_row[segment];
+  const T* logits = static_cast<const T*>(a.logits) + (first - a.first_row) * a.stride;
   const float* shift = a.shift ? a.shift + group * a.shift_stride : nullptr;
   const float* bias = kBefore && a.bias ? a.bias + group * a.parameter_stride : nullptr;
   const float* delta = kBefore && a.delta ? a.delta + group * a.parameter_stride : nullptr;
@@ -273,5 +276,15 @@ __global__ void __launch_bounds__(kThreads, kBefore || !kPlain ? 1 : 2)
     if (a.bias_partial) write_columns(a, bias_acc, rows, rows.term, count, sums, a.bias_partial + out);
   }
 }
+
+template <class T, bool kBefore, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kBefore || !kPlain ? 1 : 2)
+    slot_sweep_kernel(const __grid_constant__ Sweep a) {
+  __shared__ SweepShared shared;
+  if (a.done && a.done[a.joint ? 0 : a.shared ? 0 : a.segment_window[blockIdx.x]]) return;
+  sweep_segment<T, kBefore, kPlain>(a, blockIdx.x, shared);
+}
+
+inline bool is_plain(const Problem& p) { return 0 < p.cap && p.cap <= kLargestPlainCap && p.V % kVector == 0; }
 
 }  // namespace pgolf::slot::cuda

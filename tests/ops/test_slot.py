@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from numerics import DEVICES
 
+from pgolf_kernels.dispatch import TRITON_INTERPRETED
 from pgolf_kernels.ops.slot import LBFGS, AdamW, SlotFit, op, slot_fit, slot_score
 from pgolf_kernels.ops.slot.reference import RMS_EPS, freeze, loss_and_gradient
 
 B, T, D, V = 5, 61, 37, 77
-NATIVE = [(i.name, device) for i in op.FIT_IMPLS[:-1] for device in DEVICES if i.name == device]
+HOME = {"triton": "cuda"}  # under the interpreter it has small tests of its own, at the end
+NATIVE = [(i.name, device) for i in op.FIT_IMPLS[:-1] for device in DEVICES if device == HOME.get(i.name, i.name)]
 WHERE = NATIVE + [("reference", device) for device in DEVICES]
 
 
@@ -363,7 +365,7 @@ def test_inputs_are_untouched_and_compiled_callers_work():
         ),
         ({"init": SlotFit(torch.ones(2, D), None, None)}, r"init.delta must be \(1, 37\) or \(5, 37\) on cpu, got \(2"),
         ({"init": SlotFit(None, torch.ones(1, V), None)}, r"init.delta must be .* got None"),
-        ({"impl": "triton"}, r"unknown impl 'triton'; expected 'auto' or one of \[.*'reference'\]"),
+        ({"impl": "gpu"}, r"unknown impl 'gpu'; expected 'auto' or one of \[.*'reference'\]"),
     ],
 )
 def test_errors_say_what_must_hold_and_what_came(change, message):
@@ -382,3 +384,107 @@ def test_errors_of_slot_score():
         slot_score(hidden, weight, targets, fit, rows=mask > 0)
     with pytest.raises(ValueError, match=r"impl='cpu' cannot run here: .* got torch.float64 on cpu"):
         slot_score(hidden, weight, targets, None, rows=mask > 0, impl="cpu")
+
+
+TRITON = ["cuda"] * torch.cuda.is_available() + ["cpu"] * TRITON_INTERPRETED
+on_triton = pytest.mark.skipif(not TRITON, reason="Triton needs a GPU or TRITON_INTERPRET=1")
+
+
+def small(norm, dtype, device, batch=2, size=(35, 12, 24)):
+    """35 rows are one segment and a tail; 24 columns leave a block of 32 unfilled."""
+    (T, D, V), rows = size, torch.rand(batch, size[0]) < 0.8
+    weight, targets = torch.randn(V, D) * 0.8, torch.randint(V, (batch, T))
+    hidden = F.rms_norm(torch.randn(batch, T, D) + weight[targets], (D,)) * (7 if norm == "before" else 1)
+    mask = torch.rand(batch, T) * rows
+    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), mask.to(device)
+
+
+@on_triton
+@pytest.mark.parametrize("softcap", [30.0, 4.0, 80.0, None])
+@pytest.mark.parametrize("parameters, share", [("delta", "window"), ("bias", "window"), ("both", "batch")])
+@pytest.mark.parametrize("norm", ["after", "before"])
+@pytest.mark.parametrize("device", TRITON or ["none"])
+def test_triton_is_as_accurate_as_the_reference(device, norm, parameters, share, softcap):
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, targets, mask = small(norm, dtype, device)
+        rows, options = torch.rand(mask.shape, device=device) < 0.3, {"softcap": softcap, "norm": norm}
+
+        def run(hidden, weight, impl, targets=targets, mask=mask, rows=rows, options=options):
+            fit = slot_fit(hidden, weight, targets, mask, **options, parameters=parameters, share=share,
+                           normalize=share, optimizer=SMOOTH_ADAMW, steps=2, impl=impl)  # fmt: skip
+            nll = slot_score(hidden, weight, targets, fit, **options, rows=rows, impl=impl)
+            return {"parameters": torch.cat([x for x in fit[:2] if x is not None], 1), "losses": fit[2], "nll": nll}
+
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
+        ours = run(hidden, weight, "triton")
+        torch.use_deterministic_algorithms(before)
+        exact, baseline = (run(h, w, "reference") for h, w in ((hidden.double(), weight.double()), (hidden, weight)))
+        scale = float((hidden.double() @ weight.double().T).abs().max())
+        for name in exact:
+            errors = [(v[name].double() - exact[name]).square().mean().sqrt().item() for v in (ours, baseline)]
+            floor = 1.2e-7 * (1.0 if name == "parameters" else scale)
+            assert errors[0] <= 2 * errors[1] + floor, f"{dtype} {name}: {errors}"
+
+
+@on_triton
+@pytest.mark.parametrize("norm", ["after", "before"])
+@pytest.mark.parametrize("device", TRITON or ["none"])
+def test_triton_windows_do_not_see_their_batch(device, norm):
+    hidden, weight, targets, mask = small(norm, torch.bfloat16, device, batch=4)
+    mask[1] = 0
+    mask[2, 20:] = 0
+    start = SlotFit(torch.randn(1, 12, device=device), torch.randn(1, 24, device=device), torch.empty(0))
+    rows = torch.rand(mask.shape, device=device) < 0.4
+
+    def run(at, told=False):
+        own = hidden[at], weight, targets[at]
+        counts = [(m[at].sum(1).tolist() if told else None) for m in (mask > 0, rows)]
+        fit = slot_fit(*own, mask[at], norm=norm, parameters="both", optimizer=AdamW(lr=0.02), steps=2, init=start,
+                       num_rows=counts[0], impl="triton")  # fmt: skip
+        nll = slot_score(*own, fit, norm=norm, rows=rows[at], num_rows=counts[1], impl="triton")
+        return [*fit[:2], fit[2].T, nll.split(rows[at].sum(1).tolist())]
+
+    whole = run(slice(0, 4))
+    for at, told in ((slice(0, 4), True), (slice(2, 4), False)):
+        for ours, all_of_them in zip(run(at, told), whole, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, all_of_them[at], strict=True))
+    assert torch.equal(whole[0][1], start.delta[0]) and torch.equal(whole[1][1], start.bias[0])
+
+
+@on_triton
+@pytest.mark.parametrize("device", TRITON or ["none"])
+def test_triton_makes_the_impossible_nan(device):
+    """Where the caller tells how many rows take part, nobody waits to find out that it cannot be."""
+    from pgolf_kernels.ops.slot import triton_kernel
+    from pgolf_kernels.ops.slot.problem import Fit, Score
+
+    hidden, weight, targets, mask = small("after", torch.float32, device, batch=4)
+    mask[:], targets[1, 3], mask[2, 5] = 1, 24, -1
+    p = Fit(hidden, weight, targets, mask, told=[35, 35, 35, 34], initial=None, softcap=30.0, norm="after",
+            shared=False, normalize="window", parameters="delta", optimizer=AdamW(), steps=1)  # fmt: skip
+    x, losses = triton_kernel.fit(p)
+    assert x.isnan().all(1).tolist() == losses.isnan()[0].tolist() == [False, True, True, True]
+    assert not x[0].isnan().any()
+    rows = mask > 0
+    p = Score(hidden, weight, targets, rows, told=[35, 35, 35, 34], delta=None, bias=None, softcap=30.0, norm="after")
+    nll = triton_kernel.score(p).split(p.told)
+    assert [int(part.isnan().sum()) for part in nll] == [0, 35, 1, 34]
+
+
+@pytest.mark.parametrize("impl, device", WHERE)
+def test_told_rows_are_checked_where_that_costs_nothing(impl, device):
+    hidden, weight, targets, mask = make(dtype=torch.float32, device=device)
+    counts = (mask > 0).sum(1).tolist()
+    options = {"optimizer": AdamW(), "steps": 2, "impl": impl}
+    asked, told = (fit_slot(hidden, weight, targets, mask, num_rows=n, **options) for n in (None, counts))
+    assert torch.equal(asked.delta, told.delta)
+    nll = [score_slot(hidden, weight, targets, told, rows=mask > 0, num_rows=n, impl=impl) for n in (None, counts)]
+    assert torch.equal(*nll)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"slot_fit: num_rows\[1\] must be \d+ or more, got 1"):
+            slot_fit(hidden, weight, targets, mask, num_rows=[1] * B, **options)
+        with pytest.raises(ValueError, match=r"slot_score: num_rows\[0\] must be 1, got 61"):
+            slot_score(hidden, weight, targets, told, rows=mask > 0, num_rows=[T] * B, impl=impl)
+    with pytest.raises(ValueError, match=r"num_rows must be None or 5 ints in \[0, 61\], got \[62"):
+        slot_fit(hidden, weight, targets, mask, num_rows=[62] * B, **options)

@@ -45,9 +45,9 @@ def fit(p: Fit, isa: str = "") -> tuple[Tensor, Tensor]:
         weights=address(weights),
         delta=p.parameters != "bias",
         bias=p.parameters != "delta",
-        shared=len(p.groups()) != len(p.hidden),
+        shared=p.shared,
     )
-    x = p.start.clone(memory_format=torch.contiguous_format)
+    x = p.start
     if isinstance(p.optimizer, optimizers.LBFGS):
         return _fit_lbfgs(p, extension.cpu.SlotEvaluator(inputs.problem, objective), x)
     losses = torch.empty(p.steps, len(x))

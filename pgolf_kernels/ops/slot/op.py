@@ -4,23 +4,60 @@ Neither is differentiable (the model is frozen; the fit owns its closed-form gra
 autograd, and torch.compile leaves both calls to eager Python.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...dispatch import Impl, always, choose
+from ...dispatch import Impl, always, choose, why_not_triton
 from . import cpu, cuda_kernel, reference
 from .optimizers import LBFGS, AdamW
-from .problem import SlotFit, check_fit, check_score
+from .problem import Fit, Score, SlotFit, check_fit, check_score
 
-FIT_IMPLS = (  # fastest first; the last always runs
+TRITON_MAX_VOCAB = 8192
+
+
+def _why_not_triton(p: Fit | Score) -> str | None:
+    if reason := why_not_triton(p.hidden, p.weight):
+        return reason
+    if p.hidden.dtype not in (torch.float32, torch.bfloat16):
+        return f"the Triton kernels need float32 or bfloat16, got {p.hidden.dtype}"
+    if len(p.weight) > TRITON_MAX_VOCAB:
+        return f"the Triton kernels need a vocabulary of at most {TRITON_MAX_VOCAB}, got {len(p.weight)}"
+    return None
+
+
+def _why_not_triton_fit(p: Fit) -> str | None:
+    if isinstance(p.optimizer, LBFGS):
+        return "the Triton kernels fit with AdamW only, got LBFGS"
+    return _why_not_triton(p)
+
+
+def _triton_fit(p: Fit) -> tuple[Tensor, Tensor]:
+    from . import triton_kernel  # Triton may be missing, and takes a second to import
+
+    return triton_kernel.fit(p)
+
+
+def _triton_score(p: Score) -> Tensor:
+    from . import triton_kernel
+
+    return triton_kernel.score(p)
+
+
+# Fastest first; the last always runs. "cuda" has been measured on an H200 with AdamW and launches per step; its L-BFGS,
+# which has no measured rival, and its single launch (off: cuda_kernel.ONE_LAUNCH) not yet. "triton" has been measured
+# nowhere, so it only stands in for a CUDA extension that is missing.
+FIT_IMPLS = (
     Impl("cuda", cuda_kernel.fit, cuda_kernel.why_not_fit),
+    Impl("triton", _triton_fit, _why_not_triton_fit),
     Impl("cpu", cpu.fit, cpu.why_not),
     Impl("reference", reference.fit, always),
 )
 SCORE_IMPLS = (
     Impl("cuda", cuda_kernel.score, cuda_kernel.why_not),
+    Impl("triton", _triton_score, _why_not_triton),
     Impl("cpu", cpu.score, cpu.why_not),
     Impl("reference", reference.score, always),
 )
@@ -55,6 +92,7 @@ def slot_fit(
     optimizer: AdamW | LBFGS,
     steps: int,
     init: SlotFit | None = None,
+    num_rows: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> SlotFit:
     """Fit delta [D] and/or bias [V] in softcap * tanh(((h + delta) W^T + bias) / softcap) to the masked targets.
@@ -74,19 +112,23 @@ def slot_fit(
         optimizer: AdamW(...) or LBFGS(...).
         steps: optimiser steps; for LBFGS calls of up to max_iter iterations each.
         init: a SlotFit to start from (leading dimension 1 or G), e.g. the previous batch's; None for zeros.
-        impl: "auto", "cuda", "cpu" or "reference".
+        num_rows: for each window, how many targets fit_mask keeps, or more, if the caller knows: then a GPU is asked
+            nothing, and the host need not wait for it. None: it is asked.
+        impl: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         SlotFit(delta [G, D] or None, bias [G, V] or None, loss_per_step [steps, G]), float32 (float64 for float64
         input); G is B for share="window", 1 for share="batch". With share="window" and normalize="window" every
-        window's result is bitwise independent of the rest of the batch.
+        window's result is bitwise independent of the rest of the batch. With num_rows on a GPU, a window with more rows
+        than that, an impossible weight or a used target out of range gives NaN where ValueError would have to wait.
 
     Raises:
         ValueError: an argument is out of its range, or the requested impl cannot run these arguments.
 
     Source: Hu et al., SLOT, https://arxiv.org/abs/2505.12392; the closed form is derived in reference.py.
     """
-    arguments = (hidden, weight, targets, fit_mask, softcap, norm, share, normalize, parameters, optimizer, steps, init)
+    arguments = (hidden, weight, targets, fit_mask, softcap, norm, share, normalize, parameters, optimizer, steps, init,
+                 num_rows)  # fmt: skip
     return _fit(impl, *arguments)
 
 
@@ -99,6 +141,7 @@ def slot_score(
     softcap: float | None = 30.0,
     norm: Literal["after", "before"] = "after",
     rows: Tensor,
+    num_rows: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Negative log-likelihood of the targets at `rows` under the adapted head.
@@ -107,12 +150,16 @@ def slot_score(
         hidden, weight, targets, softcap, norm: as in slot_fit.
         fit: what slot_fit returned; None scores the frozen model.
         rows: [B, T] bool: which positions to score.
-        impl: "auto", "cuda", "cpu" or "reference".
+        num_rows: for each window, how many positions that is, if the caller knows: then a GPU is asked nothing, and the
+            host need not wait for it. None: it is asked.
+        impl: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        [rows.sum()] float32 (float64 for float64 input), nats, in the order of targets[rows]: window by window.
+        [rows.sum()] float32 (float64 for float64 input), nats, in the order of targets[rows]: window by window. With
+        num_rows on a GPU, sum(num_rows) of them: NaN in the places that no row fills, and in all places of a window
+        with more rows than that or with a target out of range.
 
     Raises:
         ValueError: an argument is out of its range, or the requested impl cannot run these arguments.
     """
-    return _score(impl, hidden, weight, targets, fit, softcap, norm, rows)
+    return _score(impl, hidden, weight, targets, fit, softcap, norm, rows, num_rows)

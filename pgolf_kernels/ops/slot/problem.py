@@ -1,11 +1,14 @@
 """What a fit and a score are made of: the checked arguments (Fit, Score) and the result (SlotFit).
 
-The surprise: `Fit.weights` is fit_mask already divided by the normaliser, so no implementation knows about
-normalize="window" or "batch", and a window whose weights are all zero is simply left alone.
+The surprise is what waits: checks of shapes and options come first and cost no launch, but which rows take part, and
+whether the mask and the targets are possible, is only known on the device. `Fit.weights` and `num_rows` read it there
+when they are first asked for; the CUDA and Triton kernels never ask, and count for themselves.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,11 +33,13 @@ class Fit:
     hidden: Tensor  # [B, T, D]
     weight: Tensor  # [V, D]
     targets: Tensor  # [B, T] int64
-    weights: Tensor  # [B, T] fit_mask / normaliser, in the dtype of the arithmetic
-    num_rows: list[int]  # per window: how many weights are positive
-    start: Tensor  # [G, P] parameters side by side: delta, then bias
+    mask: Tensor  # [B, T] fit_mask
+    told: list[int] | None  # per window: the number of rows that take part, or more; None if the caller does not know
+    initial: Tensor | None  # [G, P] where to start; None: zeros
     softcap: float | None
     norm: str
+    shared: bool  # one row of parameters for all windows
+    normalize: str
     parameters: str
     optimizer: AdamW | LBFGS
     steps: int
@@ -43,10 +48,38 @@ class Fit:
     def device(self) -> torch.device:
         return self.hidden.device
 
+    @property
+    def start(self) -> Tensor:
+        """[G, P] a fresh copy of where to start: parameters side by side, delta, then bias."""
+        if self.initial is not None:
+            return self.initial.clone()
+        (V, D), num_groups = self.weight.shape, 1 if self.shared else len(self.hidden)
+        size = {"delta": D, "bias": V, "both": D + V}[self.parameters]
+        return torch.zeros(num_groups, size, dtype=accumulate_dtype(self.hidden), device=self.device)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """[B, T] mask / normaliser, in the dtype of the arithmetic."""
+        mask = self.mask.to(torch.float64)
+        totals = _window_totals(mask)
+        denominator = totals if self.normalize == "window" else totals.sum().expand(len(mask))
+        return (mask / denominator.where(denominator > 0, 1.0)[:, None]).to(accumulate_dtype(self.hidden))
+
+    @cached_property
+    def num_rows(self) -> list[int]:
+        """Of each window, how many weights are positive.
+
+        Raises:
+            ValueError: the mask or a target it uses is impossible, or more rows take part than the caller told.
+        """
+        valid = ((self.mask >= 0) & (self.mask < math.inf)).all()
+        facts = _read_rows(self.targets, self.mask > 0, self.weights > 0, valid)
+        return check_facts("slot_fit", *facts, len(self.weight), self.told)
+
     def groups(self) -> list[range]:
         """The windows behind each row of the parameters."""
-        num_windows, num_groups = len(self.hidden), len(self.start)
-        return [range(num_windows)] if num_groups != num_windows else [range(i, i + 1) for i in range(num_windows)]
+        num_windows = len(self.hidden)
+        return [range(num_windows)] if self.shared else [range(i, i + 1) for i in range(num_windows)]
 
     def split(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """delta [..., D] and bias [..., V] out of parameters [..., P]."""
@@ -63,7 +96,7 @@ class Score:
     weight: Tensor  # [V, D]
     targets: Tensor  # [B, T] int64
     rows: Tensor  # [B, T] bool
-    num_rows: list[int]
+    told: list[int] | None  # per window: the number of rows; None if the caller does not know
     delta: Tensor | None  # [1 or B, D]
     bias: Tensor | None  # [1 or B, V]
     softcap: float | None
@@ -72,6 +105,16 @@ class Score:
     @property
     def device(self) -> torch.device:
         return self.hidden.device
+
+    @cached_property
+    def num_rows(self) -> list[int]:
+        """Of each window, the rows to score.
+
+        Raises:
+            ValueError: a target of these rows is impossible, or their number is not what the caller told.
+        """
+        facts = _read_rows(self.targets, self.rows, self.rows, self.rows.new_ones(()))
+        return check_facts("slot_score", *facts, len(self.weight), self.told, exactly=True)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -133,28 +176,51 @@ def _check_model(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, rows:
     _one_of(op, "norm", norm, ("after", "before"))
 
 
-def _read_rows(op: str, targets: Tensor, rows: Tensor, counted: Tensor, valid: Tensor, vocab_size: int) -> list[int]:
-    """Check values and count rows in one read from the device; each further read would drain a GPU's queue again.
+def _read_rows(targets: Tensor, rows: Tensor, counted: Tensor, valid: Tensor) -> tuple[list[int], int, int, bool]:
+    """What check_facts takes, in one read from the device; each further read would drain a GPU's queue again.
 
     Args:
-        rows: [B, T] bool; targets at these must lie in the vocabulary.
+        rows: [B, T] bool, the targets that will be used.
         counted: [B, T] bool, what the result counts in each window.
         valid: [] bool, whether the mask's weights are finite and not negative.
     """
     if not targets.numel():
-        return [0] * len(targets)
+        return [0] * len(targets), 0, 0, True
     limits = torch.iinfo(torch.int64)
     lowest, highest = targets.where(rows, limits.max).min(), targets.where(rows, limits.min).max()
     facts = (counted.sum(1), lowest[None], highest[None], valid.long()[None])
     *num_rows, low, high, is_valid = torch.cat(facts).tolist()
-    require(bool(is_valid), op, "fit_mask must be finite and >= 0", "a negative, infinite or NaN weight")
+    return num_rows, low, high, bool(is_valid)
+
+
+def check_facts(
+    op: str,
+    num_rows: list[int],
+    low: int,
+    high: int,
+    is_valid: bool,
+    vocab_size: int,
+    told: list[int] | None,
+    exactly: bool = False,
+) -> list[int]:
+    """Return num_rows, the number of rows that take part in each window, or raise ValueError.
+
+    Args:
+        low, high: least and greatest of the targets that are used; low > high if there is none.
+        is_valid: the mask's weights are finite and not negative.
+        told: what the caller said of num_rows: an upper bound, or `exactly` that.
+    """
+    require(is_valid, op, "fit_mask must be finite and >= 0", "a negative, infinite or NaN weight")
     require(
-        low >= 0 and high < vocab_size,
+        low > high or (low >= 0 and high < vocab_size),
         op,
         f"targets of the used rows must be in [0, {vocab_size})",
         f"{low} to {high}",
         "leave padding out of the mask",
     )
+    for i, n in enumerate(num_rows):
+        fits = told is None or (told[i] == n if exactly else told[i] >= n)
+        require(fits, op, f"num_rows[{i}] must be {n}" + " or more" * (not exactly), told and told[i])
     return num_rows
 
 
@@ -166,6 +232,17 @@ def _window_totals(mask: Tensor) -> Tensor:
         width //= 2
         total = total[:, :width] + total[:, width:]
     return total[:, 0]
+
+
+def _told(op: str, num_rows: Sequence[int] | None, shape: tuple[int, int]) -> list[int] | None:
+    """num_rows as a list, checked as far as no device needs to be asked."""
+    if num_rows is None:
+        return None
+    B, T = shape
+    told = list(num_rows)
+    fits = len(told) == B and all(isinstance(n, int) and 0 <= n <= T for n in told)
+    require(fits, op, f"num_rows must be None or {B} ints in [0, {T}]", told, "one for each window")
+    return told
 
 
 def _check_optimizer(optimizer: AdamW | LBFGS, share: str) -> None:
@@ -194,11 +271,13 @@ def _check_optimizer(optimizer: AdamW | LBFGS, share: str) -> None:
     )
 
 
-def _start(init: SlotFit | None, num_groups: int, sizes: dict[str, int], like: Tensor) -> Tensor:
-    """The initial parameters [G, P]: zeros, or init's, its leading 1 repeated for every group."""
-    parts = []
+def _initial(init: SlotFit | None, num_groups: int, sizes: dict[str, int], like: Tensor) -> Tensor | None:
+    """init's parameters [G, P], its leading 1 repeated for every group."""
+    if init is None:
+        return None
+    dtype, parts = accumulate_dtype(like), []
     for name in ("delta", "bias"):
-        given = None if init is None else getattr(init, name)
+        given = getattr(init, name)
         if name not in sizes:
             require(
                 given is None,
@@ -207,8 +286,6 @@ def _start(init: SlotFit | None, num_groups: int, sizes: dict[str, int], like: T
                 "a tensor",
                 "pass init._replace(...) or parameters='both'",
             )
-        elif init is None:
-            parts.append(like.new_zeros(num_groups, sizes[name]))
         else:
             allowed = {(1, sizes[name]), (num_groups, sizes[name])}
             require(
@@ -217,12 +294,26 @@ def _start(init: SlotFit | None, num_groups: int, sizes: dict[str, int], like: T
                 f"init.{name} must be {' or '.join(map(str, sorted(allowed)))} on {like.device}",
                 None if given is None else f"{tuple(given.shape)} on {given.device}",
             )
-            parts.append(given.to(like.dtype).expand(num_groups, -1))
+            parts.append(given.detach().to(dtype).expand(num_groups, -1))
     return torch.cat(parts, dim=1)
 
 
-def check_fit(hidden, weight, targets, fit_mask, softcap, norm, share, normalize, parameters, optimizer, steps, init):
-    """Check slot_fit's arguments and return them as a Fit."""
+def check_fit(
+    hidden,
+    weight,
+    targets,
+    fit_mask,
+    softcap,
+    norm,
+    share,
+    normalize,
+    parameters,
+    optimizer,
+    steps,
+    init,
+    num_rows=None,
+):
+    """Check slot_fit's arguments and return them as a Fit; values on a GPU are left to the implementation."""
     op = "slot_fit"
     require(
         fit_mask.dtype == torch.bool or fit_mask.is_floating_point(),
@@ -235,31 +326,27 @@ def check_fit(hidden, weight, targets, fit_mask, softcap, norm, share, normalize
     _one_of(op, "parameters", parameters, ("delta", "bias", "both"))
     require(isinstance(steps, int) and steps >= 0, op, "steps must be an int >= 0", repr(steps))
     _check_optimizer(optimizer, share)
-    mask = fit_mask.detach().to(torch.float64)
-    _check_model(op, hidden, weight, targets, mask, softcap, norm)
-
-    totals = _window_totals(mask)
-    denominator = totals if normalize == "window" else totals.sum().expand(len(mask))
-    dtype = accumulate_dtype(hidden)
-    weights = (mask / denominator.where(denominator > 0, 1.0)[:, None]).to(dtype)
-    valid = ((mask >= 0) & (mask < math.inf)).all()
-    num_rows = _read_rows(op, targets, mask > 0, weights > 0, valid, len(weight))
+    _check_model(op, hidden, weight, targets, fit_mask, softcap, norm)
     sizes = {"delta": weight.shape[1], "bias": weight.shape[0]}
     sizes = sizes if parameters == "both" else {parameters: sizes[parameters]}
-    num_groups = 1 if share == "batch" else len(hidden)
-    return Fit(
+    problem = Fit(
         hidden=hidden.detach(),
         weight=weight.detach(),
         targets=targets,
-        weights=weights,
-        num_rows=num_rows,
-        start=_start(init, num_groups, sizes, weights),
+        mask=fit_mask.detach(),
+        told=_told(op, num_rows, targets.shape),
+        initial=_initial(init, 1 if share == "batch" else len(hidden), sizes, hidden),
         softcap=softcap,
         norm=norm,
+        shared=share == "batch",
+        normalize=normalize,
         parameters=parameters,
         optimizer=optimizer,
         steps=steps,
     )
+    if hidden.device.type == "cpu":
+        _ = problem.num_rows  # refuses what is impossible
+    return problem
 
 
 def _fitted(fit: SlotFit | None, name: str, size: int, hidden: Tensor) -> Tensor | None:
@@ -277,19 +364,22 @@ def _fitted(fit: SlotFit | None, name: str, size: int, hidden: Tensor) -> Tensor
     return value.detach().to(accumulate_dtype(hidden))
 
 
-def check_score(hidden, weight, targets, fit, softcap, norm, rows) -> Score:
-    """Check slot_score's arguments and return them as a Score."""
-    require(rows.dtype == torch.bool, "slot_score", "rows must be a bool mask [B, T]", rows.dtype)
-    _check_model("slot_score", hidden, weight, targets, rows, softcap, norm)
-    num_rows = _read_rows("slot_score", targets, rows, rows, rows.new_ones(()), len(weight))
-    return Score(
+def check_score(hidden, weight, targets, fit, softcap, norm, rows, num_rows=None) -> Score:
+    """Check slot_score's arguments and return them as a Score; values on a GPU are left to the implementation."""
+    op = "slot_score"
+    require(rows.dtype == torch.bool, op, "rows must be a bool mask [B, T]", rows.dtype)
+    _check_model(op, hidden, weight, targets, rows, softcap, norm)
+    problem = Score(
         hidden=hidden.detach(),
         weight=weight.detach(),
         targets=targets,
         rows=rows,
-        num_rows=num_rows,
+        told=_told(op, num_rows, targets.shape),
         delta=_fitted(fit, "delta", weight.shape[1], hidden),
         bias=_fitted(fit, "bias", weight.shape[0], hidden),
         softcap=softcap,
         norm=norm,
     )
+    if hidden.device.type == "cpu":
+        _ = problem.num_rows  # refuses what is impossible
+    return problem

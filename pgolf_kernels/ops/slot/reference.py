@@ -126,7 +126,8 @@ def minimize(p: Fit, x: Tensor, evaluate: optimizers.Closure) -> tuple[Tensor, T
 
 def fit(p: Fit) -> tuple[Tensor, Tensor]:
     """Return the parameters [G, P] and the losses [steps, G]; a group without rows keeps its start and loses 0."""
-    x, losses = p.start.clone(), p.start.new_zeros(p.steps, len(p.start))
+    x = p.start
+    losses = x.new_zeros(p.steps, len(x))
     if isinstance(p.optimizer, optimizers.LBFGS) and p.optimizer.joint:
         losses = losses.new_zeros(p.steps, 1)
         if windows := [i for i, n in enumerate(p.num_rows) if n]:
