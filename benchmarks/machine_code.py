@@ -132,7 +132,31 @@ def newton_schulz_megakernel() -> None:
         megakernel.forward(banks, op.schedule("quintic", 5), True, 1e-7, torch.bfloat16)
 
 
-LAUNCHERS = (leaky_relu2_mlp, softcapped_cross_entropy, newton_schulz, newton_schulz_megakernel, int6_linear, slot)
+def optimisers() -> None:
+    from pgolf_kernels.optim import adamw_pass, muon_passes
+    from pgolf_kernels.optim.averages import Averages
+
+    for dtype, lr in ((torch.float32, 0.1), (torch.bfloat16, torch.ones(()))):  # the latter as in a CUDA graph
+        params = [[torch.empty(22, 512, 512, dtype=dtype)], [torch.empty(512, 512, dtype=dtype)]]
+        buffers = [[torch.empty(p.shape) for p in bank] for bank in params]
+        banks = muon_passes.momentum_banks(params, buffers, lr, True, torch.bfloat16)
+        all_params = [p for bank in params for p in bank]
+        averages = Averages("optimisers", all_params, {p: torch.empty(p.shape) for p in all_params}, 0.99)
+        muon_passes.update_banks(params, banks, [1.0, 2.0], lr, lr, averages)
+        moments = [[torch.empty_like(p) for p in all_params] for _ in range(3)]
+        counts, following = [torch.ones(()) for _ in all_params], [averages.of[p] for p in all_params]
+        adamw_pass.adamw_pass(all_params, *moments, counts, following, lr, (0.9, 0.95), 1e-8, 0.1, 0.99)
+
+
+LAUNCHERS = (
+    leaky_relu2_mlp,
+    softcapped_cross_entropy,
+    newton_schulz,
+    newton_schulz_megakernel,
+    int6_linear,
+    slot,
+    optimisers,
+)
 
 
 class _NoGpu(DriverBase):

@@ -2,7 +2,8 @@
 
 The kernels take their tiles from a fixed table, because autotuning inside a timed training run costs more than it
 gives; this prints what that table should hold. Candidates compile in parallel processes first (Triton's cache on disk
-hands them over). Times are medians of CUDA-graph replays with a flushed L2.
+hands them over). Times are medians of CUDA-graph replays with a flushed L2. The megakernel's tiles come last: they are
+one choice for all products of a launch.
 """
 
 import itertools
@@ -14,11 +15,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from pgolf_kernels.ops.newton_schulz import triton_kernel
+from pgolf_kernels.ops.newton_schulz import megakernel, op, triton_kernel
+from pgolf_kernels.ops.newton_schulz.plan import Tiles
 from pgolf_kernels.ops.newton_schulz.triton_kernel import Tile
 
 BANKS = [(22, 512, 512), (22, 256, 512), (11, 512, 1536), (11, 1536, 512)]
 SHARDS = [(3, 512, 512), (3, 256, 512), (2, 512, 1536)]  # a rank's share of eight
+LAUNCHES = {"all banks": BANKS, "share": [*SHARDS, (2, 1536, 512)]}
 SQUARE = [(64, 64), (128, 128)]
 OBLONG = [*SQUARE, (64, 128), (128, 64), (128, 256), (256, 128)]
 DEPTHS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4)
@@ -42,6 +45,25 @@ def products(shape: tuple[int, int, int]) -> Iterator[tuple[str, list, Callable[
     yield "square", SQUARE, lambda tile: triton_kernel.symmetric(r, r, 1, 2.0, -4.0, tile=tile)
     yield "commuting", SQUARE, lambda tile: triton_kernel.symmetric(r, r, 1, 1.0, 3.0, 2.0, tile=tile)
     yield "apply", OBLONG, lambda tile: triton_kernel.apply(r, x, short_dim, 3.0, torch.empty_like(x), tile=tile)
+
+
+def launch_candidates() -> Iterator[Tiles]:
+    """Tiles of the megakernel: small and large symmetric products with small, oblong and large applications of P."""
+    for symmetric, (m, n) in itertools.product((64, 128), ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256))):
+        for warps, stages in itertools.product(WARPS, STAGES):
+            if 128 * stages * max(2 * symmetric, m + n) <= 227 * 1024 and m * n <= 4096 * warps:
+                yield Tiles(symmetric, m, n, 64, warps, stages)
+
+
+def launch(shapes: list[tuple[int, int, int]]) -> Callable[[Tiles | None], object]:
+    banks = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
+    steps = op.schedule("quintic", 5)
+    return lambda tiles: megakernel.forward(banks, steps, False, 1e-7, torch.bfloat16, tiles=tiles)
+
+
+def compile_launch(tiles: Tiles) -> None:
+    """As compile_tile."""
+    graph_ms(lambda: launch([(1, 256, 256)])(tiles), None, rounds=0)
 
 
 def compile_tile(tile: Tile) -> None:
@@ -80,6 +102,7 @@ def graph_ms(call: Callable[[], object], flush: torch.Tensor | None, rounds: int
 def main() -> None:
     with ProcessPoolExecutor(min(12, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_tile, set(candidates(OBLONG)), chunksize=1))
+        list(pool.map(compile_launch, launch_candidates(), chunksize=1))
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
     for shape in (*BANKS, *SHARDS):
         for name, blocks, call in products(shape):
@@ -88,6 +111,13 @@ def main() -> None:
             best = "  ".join(f"{1e3 * ms:.1f} us {tuple(tile)}" for ms, tile in timed[:4])
             table = graph_ms(lambda c=call: c(None), flush)
             print(f"{'x'.join(map(str, shape)):12} {name:9} table {1e3 * table:.1f} us; best {best}", flush=True)
+    for name, shapes in LAUNCHES.items():
+        call = launch(shapes)
+        timed = [(graph_ms(lambda c=call, t=tiles: c(t), flush), tiles) for tiles in launch_candidates()]
+        timed = sorted((ms, tiles) for ms, tiles in timed if ms is not None)
+        best = "  ".join(f"{1e3 * ms:.1f} us {tuple(tiles)}" for ms, tiles in timed[:4])
+        table = graph_ms(lambda c=call: c(None), flush)
+        print(f"{name:12} {'launch':9} table {1e3 * table:.1f} us; best {best}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from .explain import explain
 from .ops.causal_attention import causal_attention
 from .ops.int6_linear import Int6Weight, int6_linear, quantize_int6
 from .ops.leaky_relu2_mlp import leaky_relu2_mlp
-from .ops.newton_schulz import newton_schulz
+from .ops.newton_schulz import newton_schulz, newton_schulz_banks
 from .ops.slot import LBFGS, AdamW, SlotFit, slot_fit, slot_score
 from .ops.softcapped_cross_entropy import softcapped_cross_entropy
 
 __all__ = [
     "leaky_relu2_mlp",
     "newton_schulz",
+    "newton_schulz_banks",
     "quantize_int6",
     "Int6Weight",
     "int6_linear",

@@ -83,7 +83,8 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
     name = meant(name)
     skipped = []
     # Nobody expects a GPU kernel on a CPU, or the reverse: such a refusal is no reason to warn.
-    on_gpu = any(getattr(getattr(arg, "device", None), "type", None) == "cuda" for arg in args)
+    flat = [t for arg in args for t in (arg if isinstance(arg, list) else (arg,))]
+    on_gpu = any(getattr(getattr(t, "device", None), "type", None) == "cuda" for t in flat)
     elsewhere = ("cpu",) if on_gpu else ("cuda", "triton", "dequantize")
     for impl in impls:
         if name not in ("auto", impl.name):
@@ -96,7 +97,7 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
             return impl
         if name != "auto":
             raise ValueError(f"{op}: impl={name!r} cannot run here: {reason}")
-        if impl.name not in elsewhere:
+        if impl.name.partition("_")[0] not in elsewhere:
             skipped.append(f"{impl.name}: {reason}")
     raise ValueError(f"{op}: unknown impl {name!r}; expected 'auto' or one of {[i.name for i in impls]}")
 

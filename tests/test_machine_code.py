@@ -107,6 +107,15 @@ def test_newton_schulz_megakernel(compiled, capability):
     assert all(code.wide_loads for code in codes[1:5]), "aligned banks are read 16 bytes at a time"
 
 
+@pytest.mark.parametrize("capability", GPUS)
+def test_optimisers(compiled, capability):
+    codes = [code for code in compiled[capability]["optimisers"] if code.kernel != "write_addresses_kernel"]
+    assert [code.kernel for code in codes] == 2 * ["momentum_kernel", "update_kernel", "adamw_kernel"]
+    for code in codes:
+        assert code.registers <= 64, code  # four blocks of 8 warps on each multiprocessor, to keep memory busy
+        assert code.wide_loads, "no load is 16 bytes wide"
+
+
 @pytest.mark.skipif(extension.cuda is None, reason=str(extension.WHY_NOT_CUDA))
 def test_no_cuda_kernel_spills():
     found = cuda_kernels()

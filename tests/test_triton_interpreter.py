@@ -27,6 +27,10 @@ ROOT = Path(__file__).parent.parent
 OPS = sorted(path.parent.name for path in (ROOT / "pgolf_kernels/ops").glob("*/triton_kernel.py"))
 KERNEL_TESTS = "triton or autocast or compiles or empty"  # those that name the kernels, and those of impl="auto"
 TARGETS = {"bfloat16": [Path(__file__)]} | {op: [ROOT / f"tests/ops/test_{op}.py", "-k", KERNEL_TESTS] for op in OPS}
+TARGETS |= {
+    "muon": [ROOT / "tests/test_optim.py", "-k", "fused"],
+    "adamw": [ROOT / "tests/test_adamw.py", "-k", "triton"],
+}
 interpreted = pytest.mark.skipif(not TRITON_INTERPRETED, reason="runs inside test_under_the_interpreter[bfloat16]")
 
 

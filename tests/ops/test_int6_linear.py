@@ -233,6 +233,13 @@ def test_triton_linear(dtype, device, rows, poisoned):
 
 @needs_triton
 @pytest.mark.parametrize("device", TRITON_DEVICES)
+def test_triton_probe_is_within_its_bound(device):
+    ours, exact = gpu._probe(torch.device(device))
+    assert (ours.double() - exact).norm() <= 0.01 * exact.norm()
+
+
+@needs_triton
+@pytest.mark.parametrize("device", TRITON_DEVICES)
 def test_triton_wide_tiles_and_rows_apart(device):
     """Enough rows of the weight for tiles of 32; rows of infinities and NaN stay among themselves."""
     weight, x = random_weight(4100, 6, device), torch.randn(20, 6, device=device).bfloat16()

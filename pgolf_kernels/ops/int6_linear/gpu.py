@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import extension
-from ...dispatch import why_not_triton
+from ...dispatch import self_check, why_not_triton
 from . import cpu, reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/bindings_cuda.cpp has them
@@ -140,7 +140,19 @@ def forward_tiles(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None)
     """x W^T + bias by Triton, in x's dtype."""
     from . import triton_kernel  # Triton may be missing, and takes a second to import
 
+    self_check("int6_linear", x.device, lambda: _probe(x.device))
     return triton_kernel.forward(x, packed, scale, bias)
+
+
+def _probe(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A layer of a few tiles by Triton and in float64."""
+    from . import triton_kernel
+
+    codes = torch.randint(-31, 32, (64, 256), device=device, dtype=torch.int8)
+    packed, scale = reference.pack(codes), torch.rand(64, device=device).half() + 0.5
+    x = torch.randn(32, 256, device=device).bfloat16()
+    exact = reference.forward(x.double(), packed, scale, None)
+    return triton_kernel.forward(x, packed, scale, None), exact
 
 
 def dequantize_by_triton(packed: Tensor, scale: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:

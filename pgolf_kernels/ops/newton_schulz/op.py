@@ -1,18 +1,29 @@
-"""newton_schulz: argument checks, registration and choice of implementation. The maths is in reference.py."""
+"""newton_schulz and newton_schulz_banks: argument checks, registration and choice of implementation.
 
-from collections.abc import Sequence
+The maths is in reference.py. A list of banks is orthogonalised one by one, but for "triton_megakernel", which takes all
+of them in one launch. No GPU has timed it yet, so "auto" prefers "triton", which has been.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, why_not_triton
+from ...dispatch import ASK, LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, self_check, why_not_triton
 from . import cpu, reference
 
 NAMED = {"quintic": reference.QUINTIC, "polar_express": reference.POLAR_EXPRESS}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _why_not_triton(g: Tensor, coefficients: reference.Coefficients, _rows: bool, _eps: float, dtype: torch.dtype):
+def _why_not_triton(
+    g: Tensor,
+    coefficients: reference.Coefficients,
+    _rows: bool,
+    _eps: float,
+    dtype: torch.dtype,
+    _plain: bool = False,
+) -> str | None:
     if reason := why_not_triton(g):
         return reason
     if dtype not in (torch.bfloat16, torch.float16) or g.dtype == torch.float64:
@@ -34,24 +45,76 @@ def _triples(flat: list[float]) -> reference.Coefficients:
 
 
 def _triton(
-    g: Tensor, coefficients: reference.Coefficients, row_normalize: bool, eps: float, dtype: torch.dtype
+    g: Tensor,
+    coefficients: reference.Coefficients,
+    row_normalize: bool,
+    eps: float,
+    dtype: torch.dtype,
+    plain: bool = False,
 ) -> Tensor:
-    return torch.ops.pgolf.newton_schulz_triton(g, _flat(coefficients), row_normalize, eps, dtype)
+    return torch.ops.pgolf.newton_schulz_triton(g, _flat(coefficients), row_normalize, eps, dtype, plain)
 
 
 LIBRARY.define(
-    "newton_schulz_triton(Tensor g, float[] coefficients, bool row_normalize, float eps, ScalarType dtype) -> Tensor"
+    "newton_schulz_triton(Tensor g, float[] coefficients, bool row_normalize, float eps, ScalarType dtype, "
+    "bool plain=False) -> Tensor"
 )
 
 
-def _launch(g: Tensor, coefficients: list[float], row_normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
+def _launch(
+    g: Tensor, coefficients: list[float], row_normalize: bool, eps: float, dtype: torch.dtype, plain: bool = False
+) -> Tensor:
     from . import triton_kernel  # Triton may be missing, and takes a second to import
 
-    return triton_kernel.forward(g, _triples(coefficients), row_normalize, eps, dtype)
+    self_check("newton_schulz", g.device, lambda: _probe(triton_kernel.forward, g.device))
+    return triton_kernel.forward(g, _triples(coefficients), row_normalize, eps, dtype, plain)
+
+
+LIBRARY.define(
+    "newton_schulz_megakernel(Tensor[] banks, float[] coefficients, bool row_normalize, float eps, ScalarType dtype, "
+    "bool plain=False) -> Tensor[]"
+)
+
+
+def _launch_all(
+    banks: list[Tensor],
+    coefficients: list[float],
+    row_normalize: bool,
+    eps: float,
+    dtype: torch.dtype,
+    plain: bool = False,
+) -> list[Tensor]:
+    from . import megakernel
+
+    def forward(g: Tensor, *args) -> Tensor:
+        return megakernel.forward([g], *args)[0]
+
+    self_check("newton_schulz_banks", banks[0].device, lambda: _probe(forward, banks[0].device))
+    return megakernel.forward(banks, _triples(coefficients), row_normalize, eps, dtype, plain)
+
+
+def _probe(forward: Callable[..., Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Banks of a few tiles, wide enough for the Gram form, by Triton and in float64."""
+    g, steps = torch.randn(2, 64, 192, device=device), schedule("quintic", 5)
+    args = steps, True, 1e-7
+    return forward(g, *args, torch.bfloat16), reference.forward(g.double(), *args, torch.float64)
+
+
+@torch.library.register_fake("pgolf::newton_schulz_megakernel", lib=LIBRARY)
+def _(
+    banks: list[Tensor],
+    coefficients: list[float],
+    row_normalize: bool,
+    eps: float,
+    dtype: torch.dtype,
+    plain: bool = False,
+) -> list[Tensor]:
+    return [torch.empty(g.shape, dtype=dtype, device=g.device) for g in banks]
 
 
 for _device in ("CUDA", *("CPU",) * TRITON_INTERPRETED):
     LIBRARY.impl("newton_schulz_triton", _launch, _device)
+    LIBRARY.impl("newton_schulz_megakernel", _launch_all, _device)
 
 
 LIBRARY.define(
@@ -60,7 +123,12 @@ LIBRARY.define(
 
 
 def _cpu(
-    g: Tensor, coefficients: reference.Coefficients, row_normalize: bool, eps: float, dtype: torch.dtype
+    g: Tensor,
+    coefficients: reference.Coefficients,
+    row_normalize: bool,
+    eps: float,
+    dtype: torch.dtype,
+    _plain: bool = False,
 ) -> Tensor:
     return torch.ops.pgolf.newton_schulz_cpu(g, _flat(coefficients), row_normalize, eps, dtype)
 
@@ -72,15 +140,52 @@ def _(g: Tensor, coefficients: list[float], row_normalize: bool, eps: float, dty
 
 @torch.library.register_fake("pgolf::newton_schulz_cpu", lib=LIBRARY)
 @torch.library.register_fake("pgolf::newton_schulz_triton", lib=LIBRARY)
-def _(g: Tensor, coefficients: list[float], row_normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
+def _(
+    g: Tensor, coefficients: list[float], row_normalize: bool, eps: float, dtype: torch.dtype, plain: bool = False
+) -> Tensor:
     return torch.empty(g.shape, dtype=dtype, device=g.device)
+
+
+def _why_not_cpu(g: Tensor, steps, row_normalize: bool, eps: float, dtype: torch.dtype, plain: bool = False):
+    if plain:
+        return "the C++ kernel keeps what roundings lose, and has no plain form"
+    return cpu.why_not(g, steps, row_normalize, eps, dtype)
+
+
+def _reference(g: Tensor, steps, row_normalize: bool, eps: float, dtype: torch.dtype, _plain: bool = False) -> Tensor:
+    return reference.forward(g, steps, row_normalize, eps, dtype)
 
 
 IMPLS = (  # fastest first
     Impl("triton", _triton, _why_not_triton),
-    Impl("cpu", _cpu, cpu.why_not),
-    Impl("reference", reference.forward, always),
+    Impl("cpu", _cpu, _why_not_cpu),
+    Impl("reference", _reference, always),
 )
+
+
+def _each(impl: Impl) -> Impl:
+    """The same for a list of banks, one after another."""
+
+    def why_not(banks: list[Tensor], *args) -> str | None:
+        return next(filter(None, (impl.why_not(g, *args) for g in banks)), None)
+
+    return Impl(impl.name, lambda banks, *args: [impl.run(g, *args) for g in banks], why_not)
+
+
+def _megakernel(
+    banks: list[Tensor],
+    coefficients: reference.Coefficients,
+    row_normalize: bool,
+    eps: float,
+    dtype: torch.dtype,
+    plain: bool,
+) -> list[Tensor]:
+    return torch.ops.pgolf.newton_schulz_megakernel(banks, _flat(coefficients), row_normalize, eps, dtype, plain)
+
+
+_TRITON, _CPU, _REFERENCE = map(_each, IMPLS)
+# "auto" takes the first that can run: the megakernel goes first once a GPU has shown it to be faster.
+BANKS_IMPLS = (_TRITON, Impl("triton_megakernel", _megakernel, _TRITON.why_not), _CPU, _REFERENCE)
 
 
 def schedule(
@@ -110,6 +215,7 @@ def newton_schulz(
     eps: float = 1e-7,
     *,
     dtype: torch.dtype | None = None,
+    plain: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Orthogonalise matrices approximately: G = U S V^T -> U S' V^T with every s' near 1 (about 0.7 to 1.2 in 5 steps).
@@ -137,5 +243,47 @@ def newton_schulz(
     require(g.dtype in DTYPES, "newton_schulz", "g must be floating point", g.dtype)
     dtype = dtype or g.dtype
     require(dtype in DTYPES, "newton_schulz", "dtype must be floating point", dtype)
-    args = (g, schedule(coefficients, steps), row_normalize, eps, dtype)
+    args = (g, schedule(coefficients, steps), row_normalize, eps, dtype, plain)
     return choose("newton_schulz", IMPLS, impl, *args).run(*args)
+
+
+def newton_schulz_banks(
+    banks: Sequence[Tensor],
+    steps: int = 5,
+    coefficients: str | Sequence[float] | Sequence[Sequence[float]] = "quintic",
+    row_normalize: bool = False,
+    eps: float = 1e-7,
+    *,
+    dtype: torch.dtype | None = None,
+    plain: bool = False,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """[newton_schulz(g, ...) for g in banks], in one launch if impl is "triton_megakernel".
+
+    Args:
+        banks: any number of (..., m, n), of any shapes, one dtype, on one device.
+        steps, coefficients, row_normalize, eps, dtype, plain: as in `newton_schulz`, the same for all banks.
+        impl: "auto", or the name of an implementation. "triton_megakernel" must have run once with these shapes before
+            a CUDA graph of it is captured.
+
+    Returns:
+        One (..., m, n) per bank, in `dtype`, contiguous.
+
+    Raises:
+        ValueError: as `newton_schulz`, or the banks differ in dtype or device.
+    """
+    name, banks = "newton_schulz_banks", list(banks)
+    if not banks:
+        return []
+    kinds = {(g.dtype, g.device) for g in banks}
+    require(len(kinds) == 1, name, "banks must have one dtype and be on one device", sorted(map(str, kinds)))
+    for g in banks:
+        require(g.dim() >= 2, name, "every bank must be a matrix or a batch of matrices", f"shape {tuple(g.shape)}")
+    require(banks[0].dtype in DTYPES, name, "banks must be floating point", banks[0].dtype)
+    dtype = dtype or banks[0].dtype
+    require(dtype in DTYPES, name, "dtype must be floating point", dtype)
+    filled = [g for g in banks if g.numel()]
+    args = (filled or banks, schedule(coefficients, steps), row_normalize, eps, dtype, plain)
+    some = filled or impl is ASK
+    results = iter(choose(name, BANKS_IMPLS, impl, *args).run(*args) if some else ())
+    return [next(results) if g.numel() else torch.empty(g.shape, dtype=dtype, device=g.device) for g in banks]

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .schedule import blocks_of, single_steps
+from .products import apply_product, frobenius_scale, row_squares, symmetric_product
+from .schedule import Steps, blocks_of, single_steps
 
 GRAM_FORM_RATIO = 2  # long / short from which the Gram form needs clearly less arithmetic
 SIDE = 64
@@ -36,13 +37,8 @@ def row_squares_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS).to(tl.int64)
     at = g_ptr + matrix * stride_matrix + row.to(tl.int64)[:, None] * stride_row + col[None, :] * stride_col
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, cols, COLS):
-        inside = (row[:, None] < rows) & (start + col[None, :] < cols)
-        g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        total += g * g
-        at += COLS * stride_col
-    tl.store(sums_ptr + matrix * rows + row, tl.sum(total, axis=1), mask=row < rows)
+    sums = row_squares(at, row, rows, cols, stride_col, ROWS, COLS)
+    tl.store(sums_ptr + matrix * rows + row, sums, mask=row < rows)
 
 
 @triton.jit
@@ -65,16 +61,7 @@ def normalize_kernel(
     """x = g, rows divided by their norms if asked, divided by its Frobenius norm; x is contiguous, its padding zero."""
     matrix = tl.program_id(1).to(tl.int64)
     sums_ptr += matrix * rows
-    every = tl.arange(0, COLS)
-    total = tl.zeros((COLS,), tl.float32)
-    for start in range(0, rows, COLS):
-        squares = tl.load(sums_ptr + start + every, mask=start + every < rows, other=0.0)
-        if ROW_NORMALIZE:
-            norms = tl.sqrt(squares)
-            ratio = norms / tl.maximum(norms, eps)
-            squares = ratio * ratio
-        total += squares
-    scale = 1.0 / (tl.sqrt(tl.sum(total, axis=0)) + eps)
+    scale = frobenius_scale(sums_ptr, rows, eps, ROW_NORMALIZE, COLS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     scales = tl.zeros((ROWS,), tl.float32) + scale
     if ROW_NORMALIZE:
@@ -91,15 +78,6 @@ def normalize_kernel(
         tl.store(x_at, (g * scales[:, None]).to(x_ptr.dtype.element_ty), mask=stored)
         g_at += COLS * stride_col
         x_at += COLS
-
-
-@triton.jit
-def _lower_tile(index):
-    """Row and column (<= row) of a tile, counted row by row through the lower triangle."""
-    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)  # the root may round across an integer
-    row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
-    return row, index - row * (row + 1) // 2
 
 
 @triton.jit
@@ -126,29 +104,24 @@ def symmetric_kernel(
     across = size // BLOCK
     tiles = across * (across + 1) // 2
     matrix = (tl.program_id(0) // tiles).to(tl.int64)
-    tile_row, tile_col = _lower_tile(tl.program_id(0) % tiles)
-    first_row, first_col = tile_row.to(tl.int64) * BLOCK, tile_col.to(tl.int64) * BLOCK
-    i, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
-    u_ptr += matrix * size * depth
-    v_ptr += matrix * size * depth
-    u_at = u_ptr + first_row * stride_row + i[:, None] * stride_row + k[None, :] * stride_col  # [BLOCK, BLOCK_K]
-    v_at = v_ptr + first_col * stride_row + i[None, :] * stride_row + k[:, None] * stride_col  # [BLOCK_K, BLOCK]
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for _ in range(0, depth, BLOCK_K):
-        acc = tl.dot(tl.load(u_at), tl.load(v_at), acc)
-        u_at += BLOCK_K * stride_col
-        v_at += BLOCK_K * stride_col
-    acc *= alpha
-    at = first_row * stride_row + first_col * stride_col + i[:, None] * stride_row + i[None, :] * stride_col
-    if ADD_U:
-        acc += beta * tl.load(u_ptr + at).to(tl.float32)
-    if ADD_V:
-        acc += gamma * tl.load(v_ptr + at).to(tl.float32)
-    out = acc.to(out_ptr.dtype.element_ty)
-    out_ptr += matrix * size * size
-    tl.store(out_ptr + first_row * size + first_col + i[:, None] * size + i[None, :], out)
-    if tile_row != tile_col:
-        tl.store(out_ptr + first_col * size + first_row + i[None, :] * size + i[:, None], out)
+    symmetric_product(
+        u_ptr + matrix * size * depth,
+        v_ptr + matrix * size * depth,
+        out_ptr + matrix * size * size,
+        tl.program_id(0) % tiles,
+        alpha,
+        beta,
+        gamma,
+        size,
+        depth,
+        stride_row,
+        stride_col,
+        ADD_U,
+        ADD_V,
+        BLOCK,
+        BLOCK_K,
+        CACHE="",
+    )
 
 
 @triton.jit
@@ -178,18 +151,21 @@ def apply_kernel(
     matrix = (tl.program_id(0) // (down * along)).to(tl.int64)
     tile = tl.program_id(0) % (down * along)
     first_m, first_n = (tile % down).to(tl.int64) * BLOCK_M, (tile // down).to(tl.int64) * BLOCK_N
-    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    p_ptr += matrix * short * short + first_m * short
-    x_ptr += matrix * short * long + first_n * stride_long
-    p_at = p_ptr + m[:, None] * short + k[None, :]  # [BLOCK_M, BLOCK_K]
-    x_at = x_ptr + k[:, None] * stride_short + n[None, :] * stride_long  # [BLOCK_K, BLOCK_N]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, short, BLOCK_K):
-        acc = tl.dot(tl.load(p_at), tl.load(x_at), acc)
-        p_at += BLOCK_K
-        x_at += BLOCK_K * stride_short
-    x_ptr += first_m * stride_short
-    acc += scale * tl.load(x_ptr + m[:, None] * stride_short + n[None, :] * stride_long).to(tl.float32)
+    acc = apply_product(
+        p_ptr + matrix * short * short,
+        x_ptr + matrix * short * long,
+        first_m,
+        first_n,
+        scale,
+        short,
+        stride_short,
+        stride_long,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        CACHE="",
+    )
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     out_ptr += matrix * out_short * out_long + first_m * out_stride_short + first_n * out_stride_long
     out_at = out_ptr + m[:, None] * out_stride_short + n[None, :] * out_stride_long
     out = acc.to(out_ptr.dtype.element_ty)
@@ -341,24 +317,30 @@ def fits_float16(blocks: tuple) -> bool:
     return True
 
 
-def forward(
-    g: Tensor,
-    coefficients: tuple[tuple[float, float, float], ...],
-    row_normalize: bool,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As reference.forward, for dtype bfloat16 or float16 and at least one step."""
-    *_, m, n = g.shape
+def blocks_and_format(m: int, n: int, coefficients: Steps, dtype: torch.dtype, plain: bool) -> tuple:
+    """The blocks of steps for m x n matrices, and the 16-bit format that holds what they compute."""
+    if plain:
+        return single_steps(coefficients), dtype
     # The Gram form spends some of float16's extra bits, so a caller who wants float16 accuracy gets the standard form.
     gram_form = dtype == torch.bfloat16 and max(m, n) >= GRAM_FORM_RATIO * min(m, n)
-    blocks, inner = blocks_of(coefficients) if gram_form else single_steps(coefficients), torch.float16
-    if not fits_float16(blocks):
-        blocks, inner = single_steps(coefficients), torch.bfloat16
-    x = _normalized(g.reshape(-1, m, n), row_normalize, eps, inner)
-    short_dim = 1 if m <= n else 2
-    result = torch.empty(len(x), m, n, dtype=dtype, device=g.device)
-    for index, block in enumerate(blocks):
-        p, total = _polynomial(symmetric(x, x, short_dim, alpha=1.0), block)
-        x = apply(total, x, short_dim, p, result if index + 1 == len(blocks) else torch.empty_like(x))
+    blocks = blocks_of(coefficients) if gram_form else single_steps(coefficients)
+    return (blocks, torch.float16) if fits_float16(blocks) else (single_steps(coefficients), torch.bfloat16)
+
+
+def forward(
+    g: Tensor, coefficients: Steps, row_normalize: bool, eps: float, dtype: torch.dtype, plain: bool = False
+) -> Tensor:
+    """As reference.forward, for dtype bfloat16 or float16 and at least one step.
+
+    plain: the standard form with every intermediate in `dtype`, the arithmetic of the published systems.
+    """
+    *_, m, n = g.shape
+    blocks, inner = blocks_and_format(m, n, coefficients, dtype, plain)
+    with torch.cuda.device_of(g):
+        x = _normalized(g.reshape(-1, m, n), row_normalize, eps, inner)
+        short_dim = 1 if m <= n else 2
+        result = torch.empty(len(x), m, n, dtype=dtype, device=g.device)
+        for index, block in enumerate(blocks):
+            p, total = _polynomial(symmetric(x, x, short_dim, alpha=1.0), block)
+            x = apply(total, x, short_dim, p, result if index + 1 == len(blocks) else torch.empty_like(x))
     return result.view(g.shape)

@@ -126,7 +126,11 @@ Sample = Callable[[torch.device, torch.dtype], tuple[tuple, dict]]
 
 
 def _newton_schulz(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
-    return (torch.zeros(2, D, D, device=device),), {"dtype": dtype}  # a bank of two matrices, as Muon passes it
+    return (torch.zeros(2, D, D, device=device),), {"dtype": dtype}
+
+
+def _newton_schulz_banks(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    return ([torch.zeros(shape, device=device) for shape in ((2, D, D), (1, HIDDEN, D))],), {"dtype": dtype}
 
 
 def _leaky_relu2_mlp(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
@@ -171,6 +175,7 @@ SAMPLES: dict[str, Sample] = {  # what the trainer and the evaluator pass
     "int6_linear": _int6_linear,
     "leaky_relu2_mlp": _leaky_relu2_mlp,
     "newton_schulz": _newton_schulz,
+    "newton_schulz_banks": _newton_schulz_banks,
     "slot_fit": _slot_fit,
     "slot_score": _slot_score,
     "softcapped_cross_entropy": _softcapped_cross_entropy,
