@@ -54,7 +54,7 @@ class MachineCode:
     def spills(self) -> bool:
         """Whether registers go through memory. A TMA load's own 8 bytes of stack, never read back, are no spill: ptxas
         12.8 leaves them on sm_120, one store a load."""
-        tma_only = self.stack_bytes == 8 and self.instructions.get("STL", 0) == self.instructions.get("UTMALDG", 0)
+        tma_only = self.stack_bytes == 8 and 0 < self.instructions.get("UTMALDG", 0) == self.instructions.get("STL", 0)
         return "LDL" in self.instructions or (self.stack_bytes > 0 and not tma_only)
 
 

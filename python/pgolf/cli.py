@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--run", "--run-dir", dest="run_dir", required=True, type=Path, metavar="DIR", help="the run directory"
     )
+    _add_tokenizer(p)
     p.add_argument("--steps", type=int, metavar="N", help="train N steps, whatever the time they take")
     p.add_argument("--seconds", type=float, metavar="S", help="train S seconds")
     _add_settings(p)
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command(steps, "eval", commands.evaluate, "score an artifact on a dataset's validation text")
     p.add_argument("artifact", type=Path, metavar="ARTIFACT")
     p.add_argument("--data", required=True, type=Path, metavar="DIR")
+    _add_tokenizer(p)
     p.add_argument("--method", default="sliding", metavar="M", help="plain, sliding or slot (default: sliding)")
     p.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (default: the artifact's)")
     p.add_argument("--parameters", metavar="P", help="slot: fit delta, bias or both")
@@ -137,6 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(p)
     _add_device(p)
     return parser
+
+
+def _add_tokenizer(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: where the data's layout has it")
 
 
 def _add_settings(p: argparse.ArgumentParser) -> None:

@@ -87,7 +87,9 @@ def train(args: Namespace) -> dict:
             cfg = cfg.replace(max_steps=args.steps, max_seconds=0.0)
         if args.seconds is not None:
             cfg = cfg.replace(max_seconds=args.seconds)
-    result = run_training(cfg, args.data, args.run_dir, resume=args.resume, device=args.device)
+    result = run_training(
+        cfg, args.data, args.run_dir, resume=args.resume, device=args.device, tokenizer=args.tokenizer
+    )
     _say(
         args,
         f"{result['step']} steps in {result['train_seconds']:.1f} s ({result['tokens_per_second']:,} tokens/s); "
@@ -152,6 +154,7 @@ def evaluate(args: Namespace) -> dict:
             settings=settings + args.set,
             limit=args.tokens,
             device=args.device,
+            tokenizer=args.tokenizer,
             on_progress=on_progress,
         )
     _say(
@@ -193,12 +196,13 @@ def report(args: Namespace) -> dict:
 
 
 def presets(args: Namespace) -> list[dict]:
-    from .model import GPT
-    from .presets import PRESETS
+    from rich.console import Console
 
-    rows = [{"name": name, "parameters": GPT.count_parameters(cfg)} for name, cfg in PRESETS.items()]
-    for row in rows:
-        _say(args, f"{row['name']:10} {row['parameters']:12,} parameters")
+    from .presets import describe, table
+
+    rows = describe()
+    if not args.json:
+        Console().print(table(rows))
     return rows
 
 

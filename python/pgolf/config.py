@@ -7,6 +7,7 @@ unknown field is refused with the nearest name. Paths, ranks and devices are fac
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Config:
     logit_softcap: float = 30.0
     rope_base: float = 10000.0
     rope_dims: int = 16  # leading dimensions of each head that rotate
-    rope_train_len: int = 1024  # longer sequences raise the base (NTK rule)
+    rope_train_len: int = 1024  # longer sequences raise the base (NTK rule); 0: train_seq_len
     qk_gain_init: float = 1.5
     ln_scale: bool = True  # sublayer inputs of layer l are scaled by 1 / sqrt(l + 1)
     xsa_last_n: int = 4  # layers, from the last, with exclusive self-attention
@@ -44,12 +45,16 @@ class Config:
     ve_layers: tuple[int, ...] = ()
     value_residual: bool = False  # later layers mix in the first layer's values (VRL)
     recur_layers: tuple[int, ...] = ()  # run these once more, right after the last of them
-    recur_start_step: int = 0
+    recur_start_step: int = 0  # training steps before recurrence switches on, for good
     parallel_start_layer: int = 0  # decoder layers from here on run in two lanes; 0: none
     tied_embed_init_std: float = 0.005
+    scaled_proj_init: bool = False  # bigram and value-embedding projections start at 1 / sqrt(2 num_layers)
+    bf16_tables: bool = False  # embedding tables live in bfloat16, all other weights start from bfloat16 values
+    bf16_skip_gates: bool = False  # so do the gates of the skips
 
     # Data
     loader: str = "coprime"  # or "sequential"
+    train_shards: int = 0  # use at most this many shards, from the first; 0: all
     train_seq_len: int = 2048
     train_batch_tokens: int = 786432  # per optimiser step, over all ranks
 
@@ -62,6 +67,7 @@ class Config:
     muon_steps: int = 5  # Newton-Schulz iterations
     muon_coefficients: str = "quintic"
     muon_row_normalize: bool = False  # MuonEq-R
+    muon_projections: bool = False  # Muon owns the bigram and value-embedding projections too, else AdamW
     tied_embed_lr: float = 0.035
     embed_wd: float = 0.04
     scalar_lr: float = 0.025
@@ -70,11 +76,13 @@ class Config:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip_norm: float = 0.3  # 0: no clipping
+    grad_clip_per_rank: bool = False  # clip each rank's gradient before the mean over ranks, not the mean
     ema_decay: float = 0.997  # 0: no averaging
 
     # Schedule. With max_seconds the warmdown follows the clock, without it the step count.
     max_steps: int = 20000
     max_seconds: float = 600.0  # 0: no time limit
+    gptq_reserve_seconds: float = 0.0  # of max_seconds, kept from training for the calibration of the quantiser
     warmup_steps: int = 20  # steps that are run and then undone, to fill caches before the clock starts
     warmdown_steps: int = 3500
     warmdown_frac: float = 0.0  # above 0: warm down over this share of the budget instead of warmdown_steps
@@ -96,6 +104,9 @@ class Config:
     compressor: str = "brotli"  # or "lzma"
 
     # Score
+    score_sliding: bool = True  # what python/train_gpt.py scores after packing
+    score_slot: bool = False
+    score_slot_instead: str = ""  # what SLOT makes it skip: "", "sliding" or "all" other scores
     eval_seq_len: int = 2048
     eval_stride: int = 64
     eval_batch_windows: int = 32
@@ -113,6 +124,19 @@ class Config:
     @property
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def train_seconds(self) -> float:
+        """Length of the training clock; 0: no time limit."""
+        return self.max_seconds and self.max_seconds - self.gptq_reserve_seconds
+
+    def recurs_at(self, step: int) -> bool:
+        """Whether training step `step`, counted from 0, runs the recurrent layers twice."""
+        return bool(self.recur_layers) and step >= self.recur_start_step
+
+    def recurs_after(self, steps: int) -> bool:
+        """Whether a model trained for `steps` steps does: as its last step did."""
+        return self.recurs_at(max(steps - 1, 0))
 
     def __post_init__(self) -> None:
         def must(condition: bool, text: str) -> None:
@@ -143,6 +167,13 @@ class Config:
             f"eval_stride must lie in 1..eval_seq_len {self.eval_seq_len}, got {self.eval_stride}",
         )
         must(self.vocab_size <= 65536, f"vocab_size must be at most 65536 (shards store uint16), got {self.vocab_size}")
+        must(
+            self.max_seconds == 0 or 0 <= self.gptq_reserve_seconds < self.max_seconds,
+            f"gptq_reserve_seconds must leave some of max_seconds {self.max_seconds:g} for training, "
+            f"got {self.gptq_reserve_seconds:g}",
+        )
+        for name in ("recur_start_step", "train_shards", "rope_train_len"):
+            must(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("ve_layers", "recur_layers"):
             layers = getattr(self, name)
             must(
@@ -170,7 +201,7 @@ class Config:
                 raise InputError(f"config: a setting must read field=value, got {setting!r}")
             if name not in FIELDS:
                 raise InputError(f"config: unknown field {name!r}{nearest(name, FIELDS)}")
-            changes[name] = _parse(name, FIELDS[name], text)
+            changes[name] = parse_value(f"config: {name}", FIELDS[name], text)
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
@@ -206,6 +237,7 @@ CHOICES = {
     "dtype": {"auto", "bfloat16", "float32"},
     "muon_coefficients": {"quintic", "polar_express"},
     "compressor": {"brotli", "lzma"},
+    "score_slot_instead": {"", "sliding", "all"},
     "slot_parameters": {"delta", "bias", "both"},
     "slot_norm": {"after", "before"},
 }
@@ -217,15 +249,19 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def _parse(name: str, kind: type | types.GenericAlias, text: str) -> object:
+def parse_value(label: str, kind: type | types.GenericAlias, text: str) -> object:
+    """`text` as a field's type; `label` says in the error whose value it is."""
     try:
         if kind is bool:
             return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
         if typing.get_origin(kind) is tuple:
             return tuple(int(part) for part in text.split(",") if part)
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(
             kind, "numbers separated by commas"
         )
-        raise InputError(f"config: {name} must be {wanted}, got {text!r}") from None
+        raise InputError(f"{label} must be {wanted}, got {text!r}") from None

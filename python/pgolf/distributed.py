@@ -1,5 +1,6 @@
 """Ranks: a process per GPU under torchrun (NCCL), CPU processes (gloo), or a single process with no group at all."""
 
+import itertools
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from .errors import InputError
+
+_STARTS = itertools.count()  # how often this process has joined a job: training, then each evaluation
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ def start(device: str = "auto") -> Ranks:
     if kind == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
-    # Keys of an earlier attempt in a reused store would name dead processes: give each restart its own.
+    # Keys of an earlier attempt or stage in a reused store would name dead connections: give each its own.
     store, rank, world_size = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + f".{next(_STARTS)}"
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
         store=dist.PrefixStore(f"attempt{attempt}", store),

@@ -36,14 +36,17 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Config, dict]:
 
 
 def build_model(path: Path, content: Content, device: torch.device) -> GPT:
-    """The model of a content that was read from `path`, dequantised."""
-    config = content.header.config
+    """The model of a content that was read from `path`, dequantised, with the recurrence its training ended with."""
+    config, steps = content.header.config, content.header.extra.get(run.TRAINED_STEPS, 0)
+    if type(steps) is not int or steps < 0:
+        raise InputError(f"{path}: {run.TRAINED_STEPS} in its header must be a number of steps, got {steps!r}")
     model = GPT(config)
     try:
         model.load_export(dequantise_state(content.tensors))
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: its tensors do not fit its config ({error})") from error
     model.activation_dtype = activation_dtype(config, device)
+    model.recurrence_active = config.recurs_after(steps)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -55,6 +58,7 @@ def evaluate(
     settings: list[str] = (),
     limit: int = 0,
     device: str = "auto",
+    tokenizer: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict:
     """Score an artifact and record the result in scores.json beside it.
@@ -63,6 +67,7 @@ def evaluate(
         method: "plain" (no overlap), "sliding" or "slot" (sliding, with a fit to each window's context).
         settings: `field=value` overrides of the artifact's config, for what concerns scoring.
         limit: score only the first targets; 0: all.
+        tokenizer: the model file, where it does not lie with the data.
 
     Returns:
         {"method", "share", "val_loss", "val_bpb", "tokens", "bytes", "seconds", "causal", "text", "settings"};
@@ -79,7 +84,7 @@ def evaluate(
                     f"eval: {setting!r} is not about scoring; the artifact fixes the model and its training"
                 )
         cfg = cfg.with_settings(list(settings))
-        dataset = Dataset.open(data, vocab_size=cfg.vocab_size)
+        dataset = Dataset.open(data, tokenizer, vocab_size=cfg.vocab_size)
         if header["tokenizer_sha256"] != dataset.tokenizer.sha256:
             raise InputError(
                 f"{data}: its tokenizer is not the one that {artifact} was trained with; use the data of that run"

@@ -32,9 +32,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def rotary_table(cfg: Config, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, [T, rope_dims / 2], float32. Sequences beyond rope_train_len raise the base (NTK rule)."""
-    dims, base = cfg.rope_dims, cfg.rope_base
-    if num_tokens > cfg.rope_train_len and dims > 2:
-        base *= (num_tokens / cfg.rope_train_len) ** (dims / (dims - 2))
+    dims, base, train_len = cfg.rope_dims, cfg.rope_base, cfg.rope_train_len or cfg.train_seq_len
+    if num_tokens > train_len and dims > 2:
+        base *= (num_tokens / train_len) ** (dims / (dims - 2))
     inv_freq = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
     angle = torch.arange(num_tokens, dtype=torch.float32, device=device)[:, None] * inv_freq
     return angle.cos(), angle.sin()
@@ -162,13 +162,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Args: cfg: shapes and options. Activations run in `activation_dtype`; parameters stay float32."""
+    """Args: cfg: shapes and options. Activations run in `activation_dtype`; parameters are float32 but for bf16_*.
+
+    `recurrence_active` follows training (cfg.recurs_at); a new model has it as at step 0.
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
         self.activation_dtype = torch.float32
-        self.recurrence_active = bool(cfg.recur_layers) and cfg.recur_start_step == 0
+        self.recurrence_active = cfg.recurs_at(0)
         L, D, kv_dim = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.tok_emb = nn.Embedding(cfg.vocab_size, D)
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))  # L query, then L output matrices
@@ -206,6 +209,20 @@ class GPT(nn.Module):
         if hasattr(self, "ve_shared"):
             self.ve_shared.embed.weight.normal_(std=0.01)
             nn.init.orthogonal_(self.ve_shared.proj.weight)
+        if self.cfg.scaled_proj_init:
+            for part in (getattr(self, name) for name in ("bigram", "ve_shared") if hasattr(self, name)):
+                part.proj.weight.mul_((2 * L) ** -0.5)
+        self._round_weights()
+
+    def _round_weights(self) -> None:
+        """The published systems are cast to bfloat16 whole, and matrices and scales back to float32."""
+        if self.cfg.bf16_tables:
+            for p in self.parameters():
+                p.copy_(p.bfloat16())
+            for table in (m for m in self.modules() if isinstance(m, nn.Embedding)):
+                table.bfloat16()
+        if self.cfg.bf16_skip_gates and self.cfg.skip_gates:
+            self.skip_gates.data = self.skip_gates.data.bfloat16()
 
     @classmethod
     def count_parameters(cls, cfg: Config) -> int:

@@ -105,7 +105,7 @@ class TrainingProgress:
             self._meter.__enter__()
         share = step / self.cfg.max_steps
         if self.cfg.max_seconds:
-            share = max(share, elapsed_s / self.cfg.max_seconds)
+            share = max(share, elapsed_s / self.cfg.train_seconds)
         self._meter.update(share, f"step {step}  loss {loss:.3f}  {1e3 * elapsed_s / step:.0f} ms/step")
 
 

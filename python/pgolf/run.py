@@ -7,8 +7,10 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import safetensors
 import torch
 
 from .config import Config
@@ -22,6 +24,7 @@ TOKENIZER, MODEL, ARTIFACT, SCORES, REPORT = (
     "scores.json",
     "report.html",
 )
+TRAINED_STEPS = "train_steps"  # in the metadata of MODEL, then in the header of ARTIFACT
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -50,10 +53,24 @@ def read_config(run_dir: Path) -> Config:
     return Config.from_json(path.read_text())
 
 
-class RunLog:
-    """Appends one JSON object a line. Every line has "event" and "time" (Unix seconds)."""
+def trained_steps(run_dir: Path) -> int:
+    """Steps behind the weights of a run. They say which layers its model runs twice: Config.recurs_after."""
+    path = run_dir / MODEL
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            return int((f.metadata() or {}).get(TRAINED_STEPS, 0))
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: not a safetensors file of weights ({error})") from error
 
-    def __init__(self, path: Path):
+
+class RunLog:
+    """Appends one JSON object a line. Every line has "event" and "time" (Unix seconds).
+
+    Args: on_event: called with (event, values) of each line.
+    """
+
+    def __init__(self, path: Path, on_event: Callable[[str, dict], None] | None = None):
+        self._on_event = on_event
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.exists() and not path.read_bytes().endswith(b"\n")  # killed while it wrote a line
         self._file = path.open("a", encoding="utf-8")
@@ -63,6 +80,8 @@ class RunLog:
     def write(self, event: str, **values: object) -> None:
         self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
         self._file.flush()
+        if self._on_event:
+            self._on_event(event, values)
 
     def close(self) -> None:
         self._file.close()

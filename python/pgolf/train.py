@@ -8,6 +8,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -29,6 +30,8 @@ from .optimise.groups import Optimisers
 from .optimise.schedule import lr_multiplier, muon_momentum
 from .progress import TrainingProgress
 from .scoring.validation import plain_score, validation_tokens
+
+FIRST_STEPS = 10  # always logged: a run that goes wrong at once shows it here
 
 
 class Trainer:
@@ -53,7 +56,7 @@ class Trainer:
         cfg, ranks = self.cfg, self.ranks
         return make_loader(
             cfg.loader,
-            self.dataset.train_shards,
+            self.dataset.train_shards[: cfg.train_shards or None],
             cfg.train_seq_len,
             cfg.train_batch_tokens,
             ranks.rank,
@@ -73,18 +76,30 @@ class Trainer:
             part = part / cfg.train_batch_tokens
             part.backward()
             loss += part.detach()
-        self.gradients.all_reduce(self.ranks.group)
-        norm = self.gradients.clip(cfg.grad_clip_norm)
+        if cfg.grad_clip_per_rank:  # the loss is over all ranks' tokens: this rank's share of it has 1 / ranks the norm
+            norm = self.gradients.clip(cfg.grad_clip_norm / self.ranks.world_size) * self.ranks.world_size
+            self.gradients.all_reduce(self.ranks.group)
+        else:
+            self.gradients.all_reduce(self.ranks.group)
+            norm = self.gradients.clip(cfg.grad_clip_norm)
         self.optimisers.step(lr, momentum)
         if self.average:
             self.average.update()
         return loss, norm
 
     def warm_up(self) -> None:
-        """Run a few steps, so that kernels are compiled and caches filled, then put everything back as it was."""
+        """Run a few steps, so that kernels are compiled and caches filled, then put everything back as it was.
+
+        Where recurrence switches on during the run, its graph is another one: both are prepared, so that the switch
+        costs the clock nothing.
+        """
+        cfg = self.cfg
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        for _ in range(self.cfg.warmup_steps):
-            self.run_step(1.0, self.cfg.muon_momentum)
+        for active in sorted({cfg.recurs_at(0), cfg.recurs_at(cfg.max_steps - 1)}):
+            self.model.recurrence_active = active
+            for _ in range(cfg.warmup_steps):
+                self.run_step(1.0, cfg.muon_momentum)
+        self.model.recurrence_active = cfg.recurs_at(0)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(before[name])
@@ -119,6 +134,7 @@ class Trainer:
             self.average.load(part("average."))
         self.loader.load_state_dict(state["loader"])
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.model.recurrence_active = self.cfg.recurs_after(self.step)
 
     def finished(self) -> bool:
         """Whether the budget is spent, by rank 0's clock on every rank."""
@@ -127,7 +143,7 @@ class Trainer:
         if not self.cfg.max_seconds:
             return False
         self.elapsed_s = self.ranks.broadcast(self.elapsed_s)
-        return self.elapsed_s >= self.cfg.max_seconds
+        return self.elapsed_s >= self.cfg.train_seconds
 
 
 def compiles(cfg: Config, device: torch.device) -> bool:
@@ -141,7 +157,16 @@ def micro_batch_windows(num_windows: int, cfg: Config) -> int:
     return next(size for size in range(min(most, num_windows), 0, -1) if num_windows % size == 0)
 
 
-def train(cfg: Config, data: Path, run_dir: Path, resume: bool = False, device: str = "auto") -> dict:
+def train(
+    cfg: Config,
+    data: Path,
+    run_dir: Path,
+    resume: bool = False,
+    device: str = "auto",
+    *,
+    tokenizer: Path | None = None,
+    on_event: Callable[[str, dict], None] | None = None,
+) -> dict:
     """Train until the budget is spent and leave the averaged weights in run_dir/model.safetensors.
 
     Args:
@@ -149,6 +174,8 @@ def train(cfg: Config, data: Path, run_dir: Path, resume: bool = False, device: 
         data: a prepared dataset, or the challenge's own layout.
         run_dir: created; refused if it holds a run already and resume is False.
         resume: continue from the newest checkpoint, or from the start if the run ended before its first.
+        tokenizer: the model file, where it does not lie with the data.
+        on_event: called on rank 0 with every line of the log as it is written: (event, values).
 
     Returns:
         The last line of the log: steps, seconds, tokens per second, val_loss, val_bpb.
@@ -156,35 +183,38 @@ def train(cfg: Config, data: Path, run_dir: Path, resume: bool = False, device: 
     ranks = distributed.start(device)
     try:
         with TrainingProgress(cfg, enabled=ranks.is_main) as progress:
-            return _train(cfg, data, run_dir, resume, ranks, progress)
+            return _train(cfg, data, run_dir, resume, ranks, progress, tokenizer, on_event)
     finally:
         distributed.stop()
 
 
-def _train(cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distributed.Ranks, progress) -> dict:
+def _train(
+    cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distributed.Ranks, progress, tokenizer, on_event
+) -> dict:
     _check_run_directory(cfg, run_dir, resume)
     if (cfg.train_batch_tokens // cfg.train_seq_len) % ranks.world_size:
         raise InputError(
             f"train_batch_tokens {cfg.train_batch_tokens} must be a multiple of train_seq_len x ranks "
             f"= {cfg.train_seq_len} x {ranks.world_size}; use --set train_batch_tokens=..."
         )
-    dataset = Dataset.open(data, vocab_size=cfg.vocab_size)
+    dataset = Dataset.open(data, tokenizer, vocab_size=cfg.vocab_size)
     validation_tokens(cfg, dataset, cfg.val_tokens)  # too few would otherwise show only when training is over
     trainer = Trainer(cfg, dataset, ranks)
     ranks.barrier()  # every rank has accepted its input before rank 0 writes anything
-    log = _open_run(cfg, dataset, run_dir, ranks) if ranks.is_main else None
+    log = _open_run(cfg, dataset, run_dir, ranks, on_event) if ranks.is_main else None
+    if cfg.warmup_steps:
+        with progress.stage("compiling and warming up" if trainer.compiled else "warming up"):
+            trainer.warm_up()
     if resume and checkpoint.latest(run_dir):
         trainer.resume(run_dir)
         progress.note(f"resumed at step {trainer.step}")
-    elif cfg.warmup_steps:
-        with progress.stage("compiling and warming up" if trainer.compiled else "warming up"):
-            trainer.warm_up()
     if log:
         log.write(
             "start",
             step=trainer.step,
             parameters=sum(p.numel() for p in trainer.model.parameters()),
             dtype=str(trainer.model.activation_dtype).removeprefix("torch."),
+            world_size=ranks.world_size,
         )
     _loop(trainer, run_dir, log, progress)
 
@@ -192,7 +222,8 @@ def _train(cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distribu
         trainer.average.copy_to_model()
     if ranks.is_main:
         weights = {k: v.detach().float().cpu().contiguous() for k, v in trainer.model.export_state().items()}
-        run.write_atomically(run_dir / run.MODEL, safetensors.torch.save(weights))
+        metadata = {run.TRAINED_STEPS: str(trainer.step)}
+        run.write_atomically(run_dir / run.MODEL, safetensors.torch.save(weights, metadata))
     with progress.stage("validating"):
         scores = validate(trainer)
     summary = {
@@ -212,8 +243,13 @@ def _loop(trainer: Trainer, run_dir: Path, log: run.RunLog | None, progress) -> 
     cuda = ranks.device.type == "cuda"
     first, logged = trainer.step, (trainer.step, trainer.elapsed_s)
     previous = None  # event at the end of the step before, so that the CPU runs at most one step ahead of the GPU
+    if cfg.val_every and trainer.step == 0:
+        scores = validate(trainer)
+        if log:
+            log.write("validate", step=0, elapsed_s=0.0, **scores)
     started = time.perf_counter() - trainer.elapsed_s
     while not trainer.finished():
+        trainer.model.recurrence_active = cfg.recurs_at(trainer.step)
         lr = lr_multiplier(cfg, trainer.step, trainer.elapsed_s)
         loss, norm = trainer.run_step(lr, muon_momentum(cfg, trainer.step))
         if cuda:
@@ -228,7 +264,7 @@ def _loop(trainer: Trainer, run_dir: Path, log: run.RunLog | None, progress) -> 
         paused = time.perf_counter()
         if log and trainer.step == first + 1:
             log.write("implementations", implementations=dict(dispatch.CHOSEN))
-        if trainer.step % cfg.log_every == 0:
+        if trainer.step % cfg.log_every == 0 or trainer.step <= FIRST_STEPS:
             mean_loss = sum(ranks.gather(loss.item()))
             if log:
                 log.write(
@@ -266,12 +302,12 @@ def _check_run_directory(cfg: Config, run_dir: Path, resume: bool) -> None:
         raise InputError(f"{run_dir}: --resume continues the run as it was configured; drop the other settings")
 
 
-def _open_run(cfg: Config, dataset: Dataset, run_dir: Path, ranks: distributed.Ranks) -> run.RunLog:
+def _open_run(cfg: Config, dataset: Dataset, run_dir: Path, ranks: distributed.Ranks, on_event) -> run.RunLog:
     environment = run.describe_environment(ranks.device, ranks.world_size)
     run.write_atomically(run_dir / run.ENVIRONMENT, json.dumps(environment, indent=2).encode())
     run.write_atomically(run_dir / run.TOKENIZER, dataset.tokenizer.model)
     run.write_atomically(run_dir / run.CONFIG, cfg.to_json().encode())
-    return run.RunLog(run_dir / run.LOG)
+    return run.RunLog(run_dir / run.LOG, on_event)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -293,11 +293,11 @@ def test_refusals(monkeypatch):
         return cuda_kernel.why_not_fit(p)
 
     assert "need float32 or bfloat16 CUDA tensors, got torch.float32 on cpu" in why(torch.ones(1, 2, 3))
-    fits_here = types.SimpleNamespace(SLOT_MAX_VOCAB=8192, SLOT_MAX_HISTORY=128)
+    fits_here = types.SimpleNamespace(SLOT_MAX_VOCAB=8192, SLOT_MAX_HISTORY=128, why_not=lambda device: "")
     monkeypatch.setattr(extension, "cuda", fits_here)
     monkeypatch.setattr(extension, "WHY_NOT_CUDA", None)
     p = types.SimpleNamespace(
-        hidden=types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32), weight=torch.empty(8192, 0),
+        hidden=types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32), weight=torch.empty(8192, 0),
         optimizer=LBFGS(history=129),
     )  # fmt: skip
     assert "keep at most 128 curvature pairs, got history=129" in cuda_kernel.why_not_fit(p)

@@ -103,7 +103,8 @@ class _Rows:
                 batches[-1].append(product)
             else:
                 batches.append([product])
-        size = max(batch[-1][2] + batch[-1][3] - batch[0][2] for batch in batches)
+        # A product may take more rows along than the next ones in its batch need.
+        size = max(row + count - batch[0][2] for batch in batches for _, _, row, count in batch)
         self.logits = self.hidden.new_empty(size, -(-V // 8) * 8)
         weight = self.weight.T
         for batch in batches:

@@ -101,7 +101,8 @@ def pack_run(run_dir: Path, out: Path, allow_oversize: bool = False) -> PackRepo
             f"{run_dir}: holds no {run.MODEL}; finish the run first (`pgolf train --resume --run {run_dir}`)"
         )
     tokenizer = hashlib.sha256(read_bytes(run_dir / run.TOKENIZER)).hexdigest()
-    return pack_state(config, _load_safetensors(run_dir / run.MODEL), tokenizer, out, allow_oversize)
+    extra = {run.TRAINED_STEPS: run.trained_steps(run_dir)}
+    return pack_state(config, _load_safetensors(run_dir / run.MODEL), tokenizer, out, allow_oversize, extra)
 
 
 def pack_tensors(

@@ -10,11 +10,12 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self._named = dict(model.named_parameters())
-        self.average = {name: p.detach().clone() for name, p in self._named.items()}
+        self.average = {name: p.detach().float().clone() for name, p in self._named.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(list(self.average.values()), list(self._named.values()), 1 - self.decay)
+        weights = [p.float() for p in self._named.values()]  # no copy of those that are float32
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - self.decay)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:

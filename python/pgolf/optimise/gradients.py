@@ -1,4 +1,7 @@
-"""All gradients in one flat float32 buffer: one all-reduce, one norm, one zeroing, however many parameters."""
+"""All gradients in one flat buffer per dtype: one all-reduce, one norm, one zeroing, however many parameters.
+
+That is one float32 buffer, `flat`, and a bfloat16 one beside it if the config keeps tables in bfloat16.
+"""
 
 import torch
 import torch.distributed as dist
@@ -6,25 +9,40 @@ from torch import nn
 
 
 class GradientBuffer:
-    """Every parameter's `.grad` is a view of `flat`, so that backward accumulates into it."""
+    """Every parameter's `.grad` is a view of a buffer, so that backward accumulates into it."""
 
     def __init__(self, model: nn.Module):
-        parameters = list(model.parameters())
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        for p, piece in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = piece.view_as(p)
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {torch.float32: []}
+        for p in model.parameters():
+            by_dtype.setdefault(p.dtype, []).append(p)
+        self.buffers = [_buffer(dtype, parameters) for dtype, parameters in by_dtype.items()]
+        self.flat = self.buffers[0]
 
     def zero(self) -> None:
-        self.flat.zero_()
+        for buffer in self.buffers:
+            buffer.zero_()
 
     def all_reduce(self, process_group) -> None:
         """Sum over ranks; the loss is already divided by the global token count."""
         if process_group is not None:
-            dist.all_reduce(self.flat, group=process_group)
+            for buffer in self.buffers:
+                dist.all_reduce(buffer, group=process_group)
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale to global norm `max_norm` at most (0: never). Returns the norm before, as a tensor on the device."""
         norm = self.flat.norm()
+        for buffer in self.buffers[1:]:
+            norm = torch.hypot(norm, buffer.float().norm())
         if max_norm > 0:
-            self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for buffer in self.buffers:
+                buffer.mul_(scale)
         return norm
+
+
+def _buffer(dtype: torch.dtype, parameters: list[nn.Parameter]) -> torch.Tensor:
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes), dtype=dtype, device=parameters[0].device)
+    for p, piece in zip(parameters, flat.split(sizes), strict=True):
+        p.grad = piece.view_as(p)
+    return flat

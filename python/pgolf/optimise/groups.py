@@ -8,6 +8,7 @@ from pgolf_kernels.optim import Muon
 from ..config import Config
 
 MUON_PARAMETERS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+PROJECTIONS = ("bigram.proj.weight", "ve_shared.proj.weight")  # Muon's too, if the config says so
 EMBEDDING_TABLES = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight")
 
 
@@ -22,9 +23,11 @@ class Optimisers:
     def __init__(self, model: nn.Module, cfg: Config, compute_dtype: torch.dtype, process_group=None):
         named = dict(model.named_parameters())
         self.names = list(named)
-        matrices = [named[n] for n in MUON_PARAMETERS]
+        owned = MUON_PARAMETERS + (PROJECTIONS if cfg.muon_projections else ())
+        self.muon_names = tuple(n for n in owned if n in named)
+        matrices = [named[n] for n in self.muon_names]
         tables = [p for n, p in named.items() if n in EMBEDDING_TABLES]
-        scalars = [p for n, p in named.items() if n not in MUON_PARAMETERS and n not in EMBEDDING_TABLES]
+        scalars = [p for n, p in named.items() if n not in self.muon_names and n not in EMBEDDING_TABLES]
         self.muon = Muon(
             matrices,
             lr=cfg.matrix_lr,
@@ -73,7 +76,7 @@ class Optimisers:
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """The inverse of state_tensors, on the device of each parameter (fused AdamW keeps its step counter there)."""
         for name, p in self._named.items():
-            owner = self.muon if name in MUON_PARAMETERS else self.adamw
+            owner = self.muon if name in self.muon_names else self.adamw
             mine = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}
             owner.state[p] = {k: v.to(p.device, copy=True) for k, v in mine.items()}
 

@@ -10,7 +10,7 @@ from ..config import Config
 def lr_multiplier(cfg: Config, step: int, elapsed_s: float) -> float:
     """Multiplier in [min_lr, 1] for the step that starts after `step` finished steps and `elapsed_s` of training."""
     if cfg.max_seconds:
-        done, budget = elapsed_s, cfg.max_seconds
+        done, budget = elapsed_s, cfg.train_seconds
         warmdown = cfg.warmdown_steps * elapsed_s / max(step, 1)
     else:
         done, budget = float(step), float(cfg.max_steps)

@@ -1,0 +1,290 @@
+"""The published systems' environment variables, each mapped to one field of Config; for python/train_gpt.py.
+
+NAMES is the whole mapping. The surprise is how many of the originals' names never did anything: those are accepted and
+answered with one line. A name that looks like one of these but is none is refused, for a typing error that trains for
+ten minutes with the default costs a run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import FIELDS, Config, parse_value
+from .errors import InputError
+from .presets import preset
+
+
+@dataclass(frozen=True)
+class Field:
+    """Sets a field of Config to the value, times `scale`."""
+
+    name: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Switch:
+    """0 sets a field to its zero value; 1 leaves it, or sets it to `on` where it is zero."""
+
+    name: str
+    on: int
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Only this value can be had here; `what` says what another one would ask for."""
+
+    value: float
+    what: str
+
+
+@dataclass(frozen=True)
+class Same:
+    """Must be what the field is; `what` says what another value would ask for."""
+
+    name: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Accepted, and answered with `why` it changes nothing."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """Concerns this machine, not the run: read by `read_environment` itself."""
+
+
+_TTT_DETAIL = Ignored("test-time training is off")
+_GPTQ_DETAIL = Ignored("matrices are quantised by clip search, which needs no calibration")
+_CTW_DETAIL = Ignored("context tree weighting is off")
+_QAT = Ignored("compiling folded it away in the published runs")
+_SWA = Ignored("the originals collected these weights and never used them; ema_decay is what is exported")
+_LAWA_DETAIL = Ignored("averaging of late snapshots is off")
+_UNTIED = Ignored("embedding and head are tied")
+_NORMALISED_AWAY = Ignored("it scales gradients that Muon normalises; the rate in effect is MATRIX_LR")
+_NEVER_READ = Ignored("the originals never used it")
+
+NAMES: dict[str, Field | Switch | Fixed | Same | Ignored | Option] = {
+    # The machine.
+    "DATA_PATH": Option(),
+    "DATA_DIR": Option(),
+    "TOKENIZER_PATH": Option(),
+    "RUN_ID": Option(),
+    # Model.
+    "SEED": Field("seed"),
+    "VOCAB_SIZE": Field("vocab_size"),
+    "NUM_LAYERS": Field("num_layers"),
+    "MODEL_DIM": Field("model_dim"),
+    "EMBEDDING_DIM": Same("model_dim", "projections between embedding and model"),
+    "NUM_HEADS": Field("num_heads"),
+    "NUM_KV_HEADS": Field("num_kv_heads"),
+    "MLP_MULT": Field("mlp_mult"),
+    "NEGATIVE_SLOPE": Field("negative_slope"),
+    "TIE_EMBEDDINGS": Fixed(1, "an untied head"),
+    "TIED_EMBED_INIT_STD": Field("tied_embed_init_std"),
+    "LOGIT_SOFTCAP": Field("logit_softcap"),
+    "ROPE_BASE": Field("rope_base"),
+    "ROPE_DIMS": Field("rope_dims"),
+    "ROPE_TRAIN_SEQ_LEN": Ignored("the original read it and used TRAIN_SEQ_LEN; the field is rope_train_len"),
+    "QK_GAIN_INIT": Field("qk_gain_init"),
+    "LN_SCALE": Field("ln_scale"),
+    "XSA_LAST_N": Field("xsa_last_n"),
+    "BIGRAM_VOCAB_SIZE": Field("bigram_vocab_size"),
+    "BIGRAM_DIM": Field("bigram_dim"),
+    "TRIGRAM": Fixed(0, "trigram hashes"),
+    "SKIP_GATES_ENABLED": Field("skip_gates"),
+    "VE_ENABLED": Switch("ve_dim", on=128),
+    "VE_DIM": Field("ve_dim"),
+    "VE_LAYERS": Field("ve_layers"),
+    "VRL_ENABLED": Field("value_residual"),
+    "VALUE_RESIDUAL": Fixed(0, "values mixed by two free weights; the gated form is VRL_ENABLED"),
+    "GATED_ATTENTION": Fixed(0, "gated attention"),
+    "DTG": Fixed(0, "token gates on blocks"),
+    "DTG_ENABLED": Fixed(0, "token gates on blocks"),
+    "RECUR_LAYERS": Field("recur_layers"),
+    "RECUR_START_STEP": Field("recur_start_step"),
+    "PARALLEL_START_LAYER": Field("parallel_start_layer"),
+    "MTP_NUM_HEADS": Fixed(0, "heads that predict later tokens"),
+    "MTP_LOSS_WEIGHT": Ignored("there are no heads that predict later tokens"),
+    # Budget, batches, schedule.
+    "ITERATIONS": Field("max_steps"),
+    "MAX_WALLCLOCK_SECONDS": Field("max_seconds"),
+    "WARMUP_STEPS": Field("warmup_steps"),
+    "WARMDOWN_ITERS": Field("warmdown_steps"),
+    "WARMDOWN_FRAC": Field("warmdown_frac"),
+    "MIN_LR": Field("min_lr"),
+    "TRAIN_BATCH_TOKENS": Field("train_batch_tokens"),
+    "TRAIN_SEQ_LEN": Field("train_seq_len"),
+    "EVAL_SEQ_LEN": Field("eval_seq_len"),
+    "VAL_BATCH_SIZE": Ignored("it only sets how many windows are scored at a time"),
+    "VAL_BATCH_TOKENS": Ignored("it only sets how many windows are scored at a time"),
+    "VAL_LOSS_EVERY": Field("val_every"),
+    "TRAIN_LOG_EVERY": Field("log_every"),
+    # Optimisers.
+    "MATRIX_LR": Field("matrix_lr"),
+    "MATRIX_LR_EARLY": _NORMALISED_AWAY,
+    "MATRIX_LR_LATE": _NORMALISED_AWAY,
+    "BANK_SPLIT": _NORMALISED_AWAY,
+    "SCALAR_LR": Field("scalar_lr"),
+    "TIED_EMBED_LR": Field("tied_embed_lr"),
+    "EMBED_LR": _UNTIED,
+    "HEAD_LR": _UNTIED,
+    "MUON_MOMENTUM": Field("muon_momentum"),
+    "MUON_MOMENTUM_WARMUP_START": Field("muon_momentum_warmup_start"),
+    "MUON_MOMENTUM_WARMUP_STEPS": Field("muon_momentum_warmup_steps"),
+    "MUON_BACKEND_STEPS": Field("muon_steps"),
+    "MUON_BETA2": _NEVER_READ,
+    "MUON_WD": Field("muon_wd"),
+    "ADAM_WD": Field("adam_wd"),
+    "EMBED_WD": Field("embed_wd"),
+    "BETA1": Field("beta1"),
+    "BETA2": Field("beta2"),
+    "ADAM_EPS": Field("adam_eps"),
+    "GRAD_CLIP_NORM": Field("grad_clip_norm"),
+    # Averages and quantisation while training.
+    "EMA_ENABLED": Ignored("the originals never read it; EMA_DECAY=0 turns averaging off"),
+    "EMA_DECAY": Field("ema_decay"),
+    "SWA_ENABLED": _SWA,
+    "SWA_EVERY": _SWA,
+    "LAWA_ENABLED": Fixed(0, "averaging of late snapshots"),
+    "LAWA_K": _LAWA_DETAIL,
+    "LAWA_FREQ": _LAWA_DETAIL,
+    "QAT_ENABLED": Fixed(0, "quantisation while training"),
+    "LATE_QAT": _NEVER_READ,
+    "LATE_QAT_THRESHOLD": _QAT,
+    # Artifact.
+    "USE_GPTQ": Fixed(0, "GPTQ"),
+    "GPTQ_ENABLED": Fixed(0, "GPTQ"),
+    "GPTQ_CALIB_SAMPLES": _GPTQ_DETAIL,
+    "GPTQ_CALIB_BATCHES": _GPTQ_DETAIL,
+    "GPTQ_CALIBRATION_BATCHES": _GPTQ_DETAIL,
+    "GPTQ_BLOCK_SIZE": _GPTQ_DETAIL,
+    "GPTQ_RESERVE_MS": Field("gptq_reserve_seconds", scale=1e-3),
+    "GPTQ_RESERVE_SECONDS": Field("gptq_reserve_seconds"),
+    "QUANT_CLIP_RANGE": Fixed(31, "codes of another width than int6"),
+    "COMPRESSOR": Field("compressor"),
+    "CONTROL_TENSOR_NAME_PATTERNS": Ignored("small tensors are float16 whatever their names, as published"),
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": _NEVER_READ,
+    # Scores.
+    "EVAL_STRIDE": Field("eval_stride"),
+    "SLIDING_WINDOW_ENABLED": Field("score_sliding"),
+    "SLOT_ENABLED": Field("score_slot"),
+    "SLOT_STEPS": Field("slot_steps"),
+    "SLOT_LR": Field("slot_lr"),
+    "SLOT_LR_MIN": Ignored("the original read it and kept the rate constant"),
+    "SLOT_BATCH_SEQS": Field("eval_batch_windows"),
+    "TTT_ENABLED": Fixed(0, "test-time training of the weights"),
+    "TTT_LR": _TTT_DETAIL,
+    "TTT_EPOCHS": _TTT_DETAIL,
+    "TTT_CHUNK_TOKENS": _TTT_DETAIL,
+    "TTT_FREEZE_BLOCKS": _TTT_DETAIL,
+    "TTT_MOMENTUM": _TTT_DETAIL,
+    "TTT_BATCH_SEQS": _TTT_DETAIL,
+    "TTT_GRAD_CLIP": _TTT_DETAIL,
+    "CTW_WEIGHT": Fixed(0, "mixing with context trees"),
+    "CTW_DEPTH": _CTW_DETAIL,
+    "CTW_ENTROPY_THRESHOLD": _CTW_DETAIL,
+}
+# Whatever begins like this is meant for us. NUM_, DATA_ and TRAIN_ are missing: other programs' variables begin so too.
+PREFIXES = (
+    *("SLOT_", "TTT_", "MUON_", "GPTQ_", "SWA_", "EMA_", "LATE_QAT", "QAT_", "LAWA_", "CTW_", "MTP_"),
+    *("ROPE_", "RECUR_", "BIGRAM_", "VE_", "VRL_", "XSA_", "WARMDOWN_", "MATRIX_LR", "QK_GAIN"),
+)
+OTHERS = {"MODEL_DIR"}  # common names of other programs that a slip could turn into ours
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the environment asks for. `notes`: a line for every name that changes nothing."""
+
+    config: Config
+    data: Path
+    tokenizer: Path | None
+    run_id: str | None
+    notes: tuple[str, ...]
+
+
+def read_environment(environ: Mapping[str, str], preset_name: str) -> Request:
+    """The preset with the environment's values in place of its own.
+
+    Raises:
+        InputError: a value that is malformed, out of range or not to be had here, two names that disagree, a name that
+            resembles a known one, or an unknown preset.
+    """
+    config = preset(preset_name)
+    for name in environ:
+        _refuse_lookalike(name)
+    present = {name: rule for name, rule in NAMES.items() if name in environ}
+    notes = [f"{n}={environ[n]} has no effect: {r.why}" for n, r in present.items() if isinstance(r, Ignored)]
+    changes, sources = {}, {}
+    for name, rule in present.items():
+        label, text = f"environment: {name}", environ[name]
+        if isinstance(rule, Fixed) and parse_value(label, float, text) != rule.value:
+            raise InputError(f"{label} must be {rule.value:g}, got {text!r}: {rule.what}: not part of this program")
+        if isinstance(rule, Field):
+            value = parse_value(label, FIELDS[rule.name], text)
+            value = value if rule.scale == 1.0 else value * rule.scale
+            if changes.setdefault(rule.name, value) != value:
+                raise InputError(f"{label} must agree with {sources[rule.name]}: both set {rule.name}")
+            sources[rule.name] = name
+    for name, rule in present.items():
+        if isinstance(rule, Switch):  # after the fields: off is off, whatever its details say
+            current = changes.get(rule.name, getattr(config, rule.name))
+            on = parse_value(f"environment: {name}", bool, environ[name])
+            changes[rule.name] = (current or rule.on) if on else 0
+            sources.setdefault(rule.name, name)
+    try:
+        config = config.replace(**changes)
+    except InputError as error:
+        causes = [f"{name}={environ[name]}" for field, name in sources.items() if field in str(error)]
+        raise InputError(f"environment: {', '.join(causes) or 'these values'}: {error}") from error
+    for name, rule in present.items():
+        if isinstance(rule, Same):
+            value = parse_value(f"environment: {name}", FIELDS[rule.name], environ[name])
+            if value != (wanted := getattr(config, rule.name)):
+                raise InputError(
+                    f"environment: {name} must be {wanted}, got {value}: {rule.what}: not part of this program"
+                )
+    if "WARMDOWN_ITERS" in environ and config.warmdown_frac:
+        raise InputError(
+            f"environment: WARMDOWN_ITERS has no effect beside a WARMDOWN_FRAC of {config.warmdown_frac:g}; "
+            "drop it or set WARMDOWN_FRAC=0"
+        )
+    folder = Path(environ.get("DATA_DIR", "data")) / "datasets" / f"fineweb10B_sp{config.vocab_size}"
+    tokenizer = environ.get("TOKENIZER_PATH")
+    return Request(
+        config=config,
+        data=Path(environ.get("DATA_PATH", folder)),
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        run_id=environ.get("RUN_ID"),
+        notes=tuple(notes),
+    )
+
+
+def _refuse_lookalike(name: str) -> None:
+    """Raise if `name` is unknown and begins like a known name, or is a slip of the finger away from one."""
+    if name in NAMES or name in OTHERS:
+        return
+    upper = name.upper()
+    prefix = next((p for p in PREFIXES if upper.startswith(p)), "")
+    candidates = [known for known in NAMES if known.startswith(prefix) and (prefix or len(known) > 3)]
+    known = min(candidates, key=lambda known: edit_distance(upper, known))
+    if prefix or edit_distance(upper, known) <= (1 if len(known) <= 6 else 2):
+        raise InputError(f"environment: unknown name {name}; the nearest known one is {known}: rename or unset it")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Least number of insertions, deletions, replacements and swaps of neighbours that turn a into b."""
+    before, row = [], list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, last, row = row, before, [i]
+        for j, y in enumerate(b, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

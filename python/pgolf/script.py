@@ -1,0 +1,136 @@
+"""python/train_gpt.py: train, pack and score in one command, configured by environment variables as the originals are.
+
+Every stage is the function behind `pgolf train`, `pack` and `eval`; only the lines on stdout are written here, in the
+form of the originals' logs, so that what reads those reads these. The run lies in runs/RUN_ID.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import run
+from .commands import is_main_rank
+from .config import Config
+from .environment import Request, read_environment
+from .errors import InputError
+from .presets import PRESETS
+from .progress import meter
+
+DEFAULT_PRESET = "pr1217"
+# The originals' names of the three scores.
+LABELS = {"plain": "final_int6_roundtrip", "sliding": "final_int6_sliding_window", "slot": "final_int6_slot"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py", description="Train, pack and score; the settings are environment variables (SEED=42 ...)."
+    )
+    parser.add_argument(
+        "--preset", default=DEFAULT_PRESET, metavar="NAME", help=f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    args = parser.parse_args(argv)
+    try:
+        run_stages(read_environment(os.environ, args.preset), args.device)
+    except InputError as error:
+        sys.stderr.write(f"train_gpt: {error}\n")
+        return 2
+    return 0
+
+
+def run_stages(request: Request, device: str = "auto", root: Path = Path("runs")) -> Path:
+    """Train, pack and score as `request` says. Every rank calls this; rank 0 packs and prints.
+
+    Returns:
+        The run directory: root / RUN_ID, or a name that is free.
+    """
+    from .artifact.pack import LIMIT_BYTES, pack_run
+    from .evaluate import evaluate
+    from .train import train
+
+    cfg = request.config
+    run_dir = root / request.run_id if request.run_id else free_directory(root, cfg)
+    for note in request.notes:
+        _say(note)
+    _say(f"run:{run_dir} preset:{cfg.preset} seed:{cfg.seed}")
+    train(cfg, request.data, run_dir, device=device, tokenizer=request.tokenizer, on_event=log_lines(cfg))
+    artifact = run_dir / run.ARTIFACT
+    if is_main_rank():
+        # What was trained for ten minutes is never lost to its size: the line below says if it is too large.
+        report = pack_run(run_dir, artifact, allow_oversize=True)
+        _say(f"Serialized model int6+{cfg.compressor}: {report.artifact_bytes} bytes")
+        verdict = "" if report.headroom_bytes >= 0 else f" (over the limit of {LIMIT_BYTES} bytes)"
+        _say(f"Total submission size int6+{cfg.compressor}: {report.total_bytes} bytes{verdict}")
+    for method in methods(cfg):  # joining the job again, the others wait here for rank 0's file
+        with meter(f"scoring ({method})", enabled=is_main_rank()) as on_progress:
+            result = evaluate(
+                artifact, request.data, method, device=device, tokenizer=request.tokenizer, on_progress=on_progress
+            )
+        for line in score_lines(cfg, method, result):
+            _say(line)
+    return run_dir
+
+
+def methods(cfg: Config) -> list[str]:
+    """What is scored after packing, in the published order.
+
+    "slot" is `evaluate`'s method of that name, which the slot_* fields describe: the one place where SLOT is chosen.
+    """
+    if cfg.score_slot and cfg.score_slot_instead == "all":
+        return ["slot"]
+    sliding = cfg.score_sliding and not (cfg.score_slot and cfg.score_slot_instead == "sliding")
+    return ["plain"] + ["sliding"] * sliding + ["slot"] * cfg.score_slot
+
+
+def free_directory(root: Path, cfg: Config) -> Path:
+    """root/PRESET_seedN, or the first of root/PRESET_seedN_2, _3, ... that holds no run.
+
+    All ranks find the same one: the directory is made only once every rank has got as far as training.
+    """
+    name, number = f"{cfg.preset}_seed{cfg.seed}", 1
+    while (root / (name if number == 1 else f"{name}_{number}") / run.CONFIG).exists():
+        number += 1
+    return root / (name if number == 1 else f"{name}_{number}")
+
+
+def log_lines(cfg: Config) -> Callable[[str, dict], None]:
+    """Prints a run's events as the originals do: milliseconds, colons, four digits."""
+
+    def line(event: str, values: dict) -> None:
+        if event == "start":
+            _say(f"model_params:{values['parameters']} world_size:{values['world_size']} dtype:{values['dtype']}")
+        elif event in ("step", "validate", "end"):
+            step, ms = values["step"], 1e3 * values.get("elapsed_s", values.get("train_seconds", 0.0))
+            clock = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+            if event == "step":
+                _say(f"step:{step}/{cfg.max_steps} train_loss:{values['loss']:.4f} {clock}")
+                return
+            if event == "end" and step < cfg.max_steps:
+                _say(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{step}/{cfg.max_steps}")
+            which = "DIAGNOSTIC post_ema" if event == "end" and cfg.ema_decay else f"step:{step}/{cfg.max_steps}"
+            _say(f"{which} val_loss:{values['val_loss']:.4f} val_bpb:{values['val_bpb']:.4f} {clock}")
+
+    return line
+
+
+def score_lines(cfg: Config, method: str, result: dict) -> list[str]:
+    """A score rounded, with its time, and again with eight digits."""
+    label, ms = LABELS[method], 1e3 * result["seconds"]
+    stride = "" if method == "plain" else f" stride:{cfg.eval_stride}"
+    slot = (
+        "" if method != "slot" else f" steps:{cfg.slot_steps} lr:{cfg.slot_lr:g} causal:{str(result['causal']).lower()}"
+    )
+    return [
+        f"{label} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{stride}{slot} eval_time:{ms:.0f}ms",
+        f"{label}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}",
+    ]
+
+
+def _say(text: str) -> None:
+    if is_main_rank():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
