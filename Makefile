@@ -1,11 +1,12 @@
 # make demo: text -> trained, packed, scored GPT.   make test: everything that can be checked here.
 # Each target sets up what it needs in .venv and re-uses it. PYTHON= names another interpreter, PIP_FLAGS= goes to pip,
-# ARGS= goes to the command (make demo ARGS="--set max_seconds=60").
+# ARGS= goes to the command (make demo ARGS="--set max_seconds=60"), JOBS= is how many test files run at a time.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+JOBS   ?= 2
 OTHER_TRITON := 3.6.0 # of machines with torch 2.11: the tests compile every kernel with it too
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
@@ -16,7 +17,7 @@ demo: $(VENV)/.built
 	$(BIN)/pgolf demo --run runs/demo --data data/stdlib $(ARGS)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m benchmarks.bench $(ARGS)
