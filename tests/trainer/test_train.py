@@ -49,7 +49,7 @@ def test_a_run_directory_holds_what_it_promises(reference_run):
     assert events[-1]["event"] == "end"
     assert np.isfinite(events[-1]["val_bpb"])
     chosen = next(e for e in events if e["event"] == "implementations")["implementations"]
-    assert {"leaky_relu2_mlp", "newton_schulz", "softcapped_cross_entropy", "causal_attention"} <= chosen.keys()
+    assert {"leaky_relu2_mlp", "newton_schulz_banks", "softcapped_cross_entropy", "causal_attention"} <= chosen.keys()
     values = list(losses(reference_run).values())
     assert values[0] == pytest.approx(np.log(512), abs=0.2)
     assert values[-1] < values[0] - 0.5
