@@ -103,12 +103,32 @@ def pack(args: Namespace) -> dict:
     from .artifact.pack import pack_run, repack
 
     out = args.out or args.run_dir / run.ARTIFACT
-    with meter("packing"):
-        if (args.run_dir / run.CONFIG).exists():
-            report = pack_run(args.run_dir, out, allow_oversize=args.allow_oversize)
-        else:
+    if (args.run_dir / run.CONFIG).exists():
+        with staged_meter("packing") as on_progress:
+            report = pack_run(
+                args.run_dir,
+                out,
+                allow_oversize=args.allow_oversize,
+                settings=args.set,
+                data=args.data,
+                device=args.device,
+                on_progress=on_progress,
+            )
+    elif args.set:
+        raise InputError(f"{args.run_dir}: --set needs the weights of a run; an unpacked artifact is coded already")
+    else:
+        with meter("packing"):
             report = repack(args.run_dir, out, allow_oversize=args.allow_oversize)
     _say(args, f"wrote {out}: {report.artifact_bytes:,} bytes ({report.bits_per_parameter:.3f} bits per parameter)")
+    for kind, error in report.errors.items():
+        _say(args, f"{kind:8} {report.bytes_by_kind.get(kind, 0):12,} bytes  relative error {error:.5f}")
+    if report.pruned and report.pruned.zeroed:
+        done = report.pruned
+        _say(
+            args,
+            f"zeroed {done.zeroed:,} of {done.candidates:,} codes of size 1: with the code {done.bytes_before:,} -> "
+            f"{done.bytes_after:,} bytes, squared error +{done.cost:.4g}",
+        )
     return report.as_dict()
 
 

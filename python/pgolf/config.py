@@ -82,7 +82,6 @@ class Config:
     # Schedule. With max_seconds the warmdown follows the clock, without it the step count.
     max_steps: int = 20000
     max_seconds: float = 600.0  # 0: no time limit
-    gptq_reserve_seconds: float = 0.0  # of max_seconds, kept from training for the calibration of the quantiser
     warmup_steps: int = 20  # steps that are run and then undone, to fill caches before the clock starts
     warmdown_steps: int = 3500
     warmdown_frac: float = 0.0  # above 0: warm down over this share of the budget instead of warmdown_steps
@@ -98,8 +97,23 @@ class Config:
     checkpoint_every: int = 0  # 0: only at the end
 
     # Artifact
-    int6_clip: str = "search"  # "search", "max", or a number of standard deviations
-    int6_floor: float = 1 / 31  # smallest int6 step of "search" and "max"; the published systems never go below 1/31
+    attn_bits: int = 6  # 5 to 8 bits per code: matrices of attention and other projections,
+    mlp_bits: int = 6  # of the MLPs,
+    embed_bits: int = 8  # and embeddings and all else
+    int6_clip: str = "search"  # clip of matrices: "search", "max", "quantile", or a number of standard deviations
+    mlp_clip: str = ""  # of the MLPs' alone; "": int6_clip
+    embed_clip: str = "quantile"  # of embeddings: 0.9999984 of each row as published, or as int6_clip
+    int6_floor: float = 1 / 31  # smallest step at 6 bits, but for deviations; the published systems never go below 1/31
+    attn_gptq: bool = False  # round by GPTQ, with Hessians from calibration
+    mlp_gptq: bool = False
+    embed_gptq: bool = False  # the token embedding, by the output of the final norm
+    gptq_damping: float = 0.01  # added to a Hessian's diagonal, as a share of its mean,
+    gptq_damping_times: int = 1  # this many times
+    gptq_reserve_seconds: float = 0.0  # of max_seconds, for calibration: training stops this much earlier
+    calibration: str = "train"  # first batches of the training data, or "generated" by the model itself
+    calibration_batches: int = 64  # batches, or generated sequences of train_seq_len tokens
+    calibration_batch_tokens: int = 98304  # of each training batch: the share of rank 0 in the published runs
+    target_bytes: int = 0  # zero the cheapest codes of size 1 until artifact and code fit; 0: off
     float16_max_values: int = 65536  # tensors of at most this many values stay float16, as published
     compressor: str = "brotli"  # or "lzma"
 
@@ -127,8 +141,8 @@ class Config:
 
     @property
     def train_seconds(self) -> float:
-        """Length of the training clock; 0: no time limit."""
-        return self.max_seconds and self.max_seconds - self.gptq_reserve_seconds
+        """Seconds of optimiser steps: max_seconds less what calibration needs of them; 0: no time limit."""
+        return self.max_seconds - self.gptq_reserve_seconds if self.max_seconds and self.uses_gptq else self.max_seconds
 
     def recurs_at(self, step: int) -> bool:
         """Whether training step `step`, counted from 0, runs the recurrent layers twice."""
@@ -138,6 +152,10 @@ class Config:
         """Whether a model trained for `steps` steps does: as its last step did."""
         return self.recurs_at(max(steps - 1, 0))
 
+    @property
+    def uses_gptq(self) -> bool:
+        return self.attn_gptq or self.mlp_gptq or self.embed_gptq
+
     def __post_init__(self) -> None:
         def must(condition: bool, text: str) -> None:
             if not condition:
@@ -145,6 +163,16 @@ class Config:
 
         for name in AT_LEAST_ONE:
             must(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("attn_bits", "mlp_bits", "embed_bits"):
+            must(5 <= getattr(self, name) <= 8, f"{name} must lie in 5..8, got {getattr(self, name)}")
+        for name in ("int6_clip", "mlp_clip", "embed_clip"):
+            text = getattr(self, name) or (self.int6_clip if name == "mlp_clip" else "")
+            try:
+                clip_value(text)
+            except InputError as error:
+                raise InputError(f"config: {name} {error}") from None
+        must(0 < self.gptq_damping < 1, f"gptq_damping must lie between 0 and 1, got {self.gptq_damping}")
+        must(self.target_bytes >= 0, f"target_bytes must be at least 0 (off), got {self.target_bytes}")
         must(self.bigram_vocab_size != 1, "bigram_vocab_size must be 0 (none) or at least 2, got 1")
         must(
             self.model_dim % self.num_heads == 0,
@@ -228,19 +256,37 @@ AT_LEAST_ONE = (
     "max_steps",
     "micro_batch_tokens",
     "log_every",
+    "gptq_damping_times",
+    "calibration_batches",
+    "calibration_batch_tokens",
     "eval_seq_len",
     "eval_batch_windows",
 )
+CLIPS = ("search", "max", "quantile")
 CHOICES = {
     "loader": {"coprime", "sequential"},
     "compile": {"auto", "on", "off"},
     "dtype": {"auto", "bfloat16", "float32"},
     "muon_coefficients": {"quintic", "polar_express"},
+    "calibration": {"train", "generated"},
     "compressor": {"brotli", "lzma"},
     "score_slot_instead": {"", "sliding", "all"},
     "slot_parameters": {"delta", "bias", "both"},
     "slot_norm": {"after", "before"},
 }
+
+
+def clip_value(text: str) -> str | float:
+    """What a clip of the config means: one of CLIPS, or a number of standard deviations."""
+    if text in CLIPS:
+        return text
+    try:
+        deviations = float(text)
+    except ValueError:
+        deviations = math.nan
+    if not (math.isfinite(deviations) and deviations > 0):
+        raise InputError(f"must be one of {', '.join(CLIPS)} or a positive number of standard deviations, got {text!r}")
+    return deviations
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

@@ -32,8 +32,8 @@ def run_demo(run_dir: Path, data: Path, preset_name: str, settings: list[str], d
             prepare(stdlib_documents(), data, vocab_size=cfg.vocab_size, progress=on_progress)
     summary = train(cfg, data, run_dir, device=device)
     artifact = run_dir / run.ARTIFACT
-    with meter("packing"):
-        packed = pack_run(run_dir, artifact)
+    with staged_meter("packing") as on_progress:
+        packed = pack_run(run_dir, artifact, on_progress=on_progress)
     scores = {}
     for method in METHODS:
         with meter(f"scoring ({method})") as on_progress:

@@ -24,10 +24,11 @@ class Field:
 
 @dataclass(frozen=True)
 class Switch:
-    """0 sets a field to its zero value; 1 leaves it, or sets it to `on` where it is zero."""
+    """0 sets a field, and `others`, to the zero value; 1 leaves them, or sets them to `on` where they are zero."""
 
     name: str
     on: int
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Option:
 
 
 _TTT_DETAIL = Ignored("test-time training is off")
-_GPTQ_DETAIL = Ignored("matrices are quantised by clip search, which needs no calibration")
+_GPTQ = Switch("attn_gptq", 1, others=("mlp_gptq",))
 _CTW_DETAIL = Ignored("context tree weighting is off")
 _QAT = Ignored("compiling folded it away in the published runs")
 _SWA = Ignored("the originals collected these weights and never used them; ema_decay is what is exported")
@@ -157,12 +158,12 @@ NAMES: dict[str, Field | Switch | Fixed | Same | Ignored | Option] = {
     "LATE_QAT": _NEVER_READ,
     "LATE_QAT_THRESHOLD": _QAT,
     # Artifact.
-    "USE_GPTQ": Fixed(0, "GPTQ"),
-    "GPTQ_ENABLED": Fixed(0, "GPTQ"),
-    "GPTQ_CALIB_SAMPLES": _GPTQ_DETAIL,
-    "GPTQ_CALIB_BATCHES": _GPTQ_DETAIL,
-    "GPTQ_CALIBRATION_BATCHES": _GPTQ_DETAIL,
-    "GPTQ_BLOCK_SIZE": _GPTQ_DETAIL,
+    "USE_GPTQ": _GPTQ,
+    "GPTQ_ENABLED": _GPTQ,
+    "GPTQ_CALIB_SAMPLES": Field("calibration_batches"),
+    "GPTQ_CALIB_BATCHES": Field("calibration_batches"),
+    "GPTQ_CALIBRATION_BATCHES": Field("calibration_batches"),
+    "GPTQ_BLOCK_SIZE": Ignored("the original read it and passed 128"),
     "GPTQ_RESERVE_MS": Field("gptq_reserve_seconds", scale=1e-3),
     "GPTQ_RESERVE_SECONDS": Field("gptq_reserve_seconds"),
     "QUANT_CLIP_RANGE": Fixed(31, "codes of another width than int6"),
@@ -233,10 +234,11 @@ def read_environment(environ: Mapping[str, str], preset_name: str) -> Request:
             sources[rule.name] = name
     for name, rule in present.items():
         if isinstance(rule, Switch):  # after the fields: off is off, whatever its details say
-            current = changes.get(rule.name, getattr(config, rule.name))
             on = parse_value(f"environment: {name}", bool, environ[name])
-            changes[rule.name] = (current or rule.on) if on else 0
-            sources.setdefault(rule.name, name)
+            for field in (rule.name, *rule.others):
+                current = changes.get(field, getattr(config, field))
+                changes[field] = type(current)((current or rule.on) if on else 0)
+                sources.setdefault(field, name)
     try:
         config = config.replace(**changes)
     except InputError as error:

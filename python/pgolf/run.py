@@ -1,5 +1,5 @@
-"""A run directory: config.json, environment.json, log.jsonl, tokenizer.model, checkpoints/, model.safetensors, then
-artifact.pgolf, scores.json and report.html. Only rank 0 writes to it."""
+"""A run directory: config.json, environment.json, log.jsonl, tokenizer.model, checkpoints/, model.safetensors, with
+GPTQ hessians.safetensors, then artifact.pgolf, scores.json and report.html. Only rank 0 writes to it."""
 
 import importlib.metadata
 import json

@@ -101,9 +101,9 @@ def find_tokenizer(artifact: Path, content: Content, data: Path | None) -> Token
 
 
 def packed_matrices(content: Content) -> dict[str, Int6Weight]:
-    """The int6 tensors of an artifact as int6_linear takes them, by name."""
+    """The tensors of an artifact whose codes fit six bits, as int6_linear takes them, by name."""
     return {
         name: Int6Weight.from_codes(tensor.values, tensor.scale)
         for name, tensor in content.tensors.items()
-        if tensor.role == "int6"
+        if tensor.role in ("int5", "int6")
     }

@@ -5,6 +5,7 @@ The clock excludes warm-up, compilation and validation.
 """
 
 import contextlib
+import hashlib
 import json
 import sys
 import time
@@ -18,6 +19,7 @@ from torch import Tensor
 from pgolf_kernels import dispatch
 
 from . import distributed, run
+from .artifact import calibration
 from .config import Config
 from .data.dataset import Dataset
 from .data.loader import make_loader
@@ -140,7 +142,7 @@ class Trainer:
         """Whether the budget is spent, by rank 0's clock on every rank."""
         if self.step >= self.cfg.max_steps:
             return True
-        if not self.cfg.max_seconds:
+        if not self.cfg.train_seconds:
             return False
         self.elapsed_s = self.ranks.broadcast(self.elapsed_s)
         return self.elapsed_s >= self.cfg.train_seconds
@@ -222,8 +224,18 @@ def _train(
         trainer.average.copy_to_model()
     if ranks.is_main:
         weights = {k: v.detach().float().cpu().contiguous() for k, v in trainer.model.export_state().items()}
-        metadata = {run.TRAINED_STEPS: str(trainer.step)}
-        run.write_atomically(run_dir / run.MODEL, safetensors.torch.save(weights, metadata))
+        content = safetensors.torch.save(weights, {run.TRAINED_STEPS: str(trainer.step)})
+        run.write_atomically(run_dir / run.MODEL, content)
+        if cfg.uses_gptq:
+            with progress.stage("calibrating"):
+                seconds = _calibrate(trainer, run_dir, hashlib.sha256(content).hexdigest())
+            log.write("calibrate", seconds=round(seconds, 3), batches=cfg.calibration_batches)
+            if cfg.max_seconds and trainer.elapsed_s + seconds > cfg.max_seconds:
+                progress.note(
+                    f"training and calibration took {trainer.elapsed_s + seconds:.1f} s of {cfg.max_seconds:g}; "
+                    "raise gptq_reserve_seconds"
+                )
+    ranks.barrier()
     with progress.stage("validating"):
         scores = validate(trainer)
     summary = {
@@ -236,6 +248,15 @@ def _train(
         log.write("end", **summary)
         log.close()
     return summary
+
+
+def _calibrate(trainer: Trainer, run_dir: Path, model_sha256: str) -> float:
+    """Keep the Hessians of the final weights in the run directory. Returns the seconds without writing them."""
+    started = time.perf_counter()
+    hessians = calibration.calibrate(trainer.cfg, trainer.model, trainer.dataset)
+    seconds = time.perf_counter() - started
+    calibration.save_hessians(run_dir, trainer.cfg, model_sha256, hessians)
+    return seconds
 
 
 def _loop(trainer: Trainer, run_dir: Path, log: run.RunLog | None, progress) -> None:

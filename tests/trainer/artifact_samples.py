@@ -10,7 +10,7 @@ import math
 import torch
 
 from pgolf.artifact import container, pack
-from pgolf.artifact.quantise import CodedTensor
+from pgolf.artifact.quantise import CODE_MAX, CodedTensor
 from pgolf.config import Config
 
 TOKENIZER = hashlib.sha256(b"a tokenizer").hexdigest()
@@ -19,7 +19,7 @@ TOKENIZER = hashlib.sha256(b"a tokenizer").hexdigest()
 def coded(role: str, *shape: int) -> CodedTensor:
     if role == "float16":
         return CodedTensor(role, shape, torch.randn(shape).half())
-    largest = {"int6": 31, "int8": 127}[role]
+    largest = CODE_MAX[role]
     rows, columns = shape[0], math.prod(shape[1:])
     codes = (torch.randn(rows, columns) * torch.rand(rows, 1) * torch.rand(columns) * largest).round()
     codes = codes.clamp(-largest, largest).to(torch.int8)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from artifact_samples import TOKENIZER, coded, small_content, small_tensors
+from artifact_samples import TOKENIZER, assert_same, coded, small_content, small_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -23,7 +23,7 @@ from pgolf import run
 from pgolf.artifact import container, pack, planes
 from pgolf.artifact.header import TensorEntry
 from pgolf.artifact.inspect import inspect, table
-from pgolf.artifact.quantise import int6_clip, quantise_int8, quantise_state, tensor_role
+from pgolf.artifact.quantise import CODE_MAX, Rounding, quantise_at_quantile, quantise_state, tensor_role
 from pgolf.config import Config
 from pgolf.errors import InputError
 from pgolf.model import GPT
@@ -66,7 +66,7 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
 def test_roles_add_up_to_the_published_counts():
     values, rows = dict.fromkeys(("int6", "int8", "float16"), 0), dict.fromkeys(("int6", "int8", "float16"), 0)
     for name, shape in published_shapes().items():
-        role = tensor_role(name, shape)
+        role = tensor_role(Config(), name, shape)
         values[role] += math.prod(shape)
         rows[role] += shape[0] if shape else 1
     assert values == {"int6": 25_952_256, "int8": 970_752, "float16": 118_364}
@@ -74,16 +74,16 @@ def test_roles_add_up_to_the_published_counts():
 
 
 def test_roles_at_the_boundary():
-    assert tensor_role("blocks.0.attn.c_q.weight", (256, 256)) == "float16"
-    assert tensor_role("blocks.0.attn.c_q.weight", (257, 256)) == "int6"
-    assert tensor_role("bigram.proj.weight", (512, 129)) == "int6"
-    assert tensor_role("lm_head.weight", (257, 256)) == "int8"
-    assert tensor_role("gates", (100_000,)) == "float16"  # a vector has no rows to scale
+    assert tensor_role(Config(), "blocks.0.attn.c_q.weight", (256, 256)) == "float16"
+    assert tensor_role(Config(), "blocks.0.attn.c_q.weight", (257, 256)) == "int6"
+    assert tensor_role(Config(), "bigram.proj.weight", (512, 129)) == "int6"
+    assert tensor_role(Config(), "lm_head.weight", (257, 256)) == "int8"
+    assert tensor_role(Config(), "gates", (100_000,)) == "float16"  # a vector has no rows to scale
 
 
 @pytest.mark.parametrize("name", [n.removesuffix("_int8_q") for n in GOLDEN.files if n.endswith("_int8_q")])
 def test_int8_codes_and_scales_of_the_originals(name):
-    codes, scale = quantise_int8(torch.from_numpy(GOLDEN[f"{name}_W"]), floor=1 / 127)
+    codes, scale = quantise_at_quantile(torch.from_numpy(GOLDEN[f"{name}_W"]), 1 / 127, 127)
     np.testing.assert_array_equal(codes.numpy(), GOLDEN[f"{name}_int8_q"])
     np.testing.assert_array_equal(scale.numpy(), GOLDEN[f"{name}_int8_scale"])
 
@@ -124,10 +124,72 @@ def test_a_row_of_zeros_stays_zero_without_a_floor():
         assert not tensor.dequantize().any()
 
 
+@pytest.mark.parametrize("name", ["int6_clip", "mlp_clip", "embed_clip"])
 @pytest.mark.parametrize("text", ["mean", "0", "-3", "nan", "inf", ""])
-def test_int6_clip_is_refused(text):
-    with pytest.raises(InputError, match="int6_clip must be 'search', 'max' or a positive number"):
-        int6_clip(Config().replace(int6_clip=text))
+def test_clips_are_refused_by_the_config(name, text):
+    if (name, text) == ("mlp_clip", ""):  # as int6_clip
+        assert Rounding.of(Config(int6_clip="3", mlp_clip=""), "mlp").clip == 3.0
+        return
+    expected = f"config: {name} must be one of search, max, quantile or a positive number of standard deviations, got"
+    with pytest.raises(InputError, match=expected):
+        Config().replace(**{name: text})
+
+
+@pytest.mark.parametrize("bits", [4, 9])
+@pytest.mark.parametrize("kind", ["attn", "mlp", "embed"])
+def test_bits_are_refused_by_the_config(kind, bits):
+    with pytest.raises(InputError, match=rf"config: {kind}_bits must lie in 5..8, got {bits}"):
+        Config().replace(**{f"{kind}_bits": bits})
+
+
+def test_each_kind_has_bits_and_a_clip_of_its_own(weights, tmp_path):
+    """And the artifact keeps them: codes of all widths survive the file, and inspect counts each under its own name."""
+    config = Config(attn_bits=5, mlp_bits=7, embed_bits=6, int6_clip="max", mlp_clip="2.5", embed_clip="search")
+    coded = quantise_state(config, weights)
+    roles = {"tok_emb.weight": "int6", "blocks.0.attn.c_q.weight": "int5", "blocks.0.mlp.fc.weight": "int7"}
+    for name, role in roles.items():
+        t, w, largest = coded[name], weights[name], CODE_MAX[role]
+        assert (t.role, t.values.abs().max().item()) == (role, largest)
+        if role == "int5":
+            assert t.scale.equal((w.abs().amax(1) / 15).clamp_min(1 / 15).half())
+        if role == "int7":
+            assert t.scale.equal((2.5 * w.std(1) / 63).half())
+        assert ((t.dequantize() - w.clamp(-largest * t.scale[:, None], largest * t.scale[:, None])).abs()
+                <= 0.5001 * t.scale[:, None].float()).all()  # fmt: skip
+    path = tmp_path / "a.pgolf"
+    pack.pack_state(config, weights, TOKENIZER, path)
+    assert_same(pack.read_content(path).tensors, coded)
+    found = inspect(path)
+    assert {k["kind"]: k["parameters"] for k in found["kinds"] if k["parameters"]} == {
+        "int5": 264 * 256,
+        "int6": 300 * 256,
+        "int7": 264 * 256,
+        "float16": 257,
+    }
+    assert "int8" not in {k["kind"] for k in found["kinds"]}
+    assert sum(kind["stored_bytes"] for kind in found["kinds"]) == path.stat().st_size
+    pack.unpack(path, tmp_path / "open")
+    pack.repack(tmp_path / "open", tmp_path / "again.pgolf")
+    assert (tmp_path / "again.pgolf").read_bytes() == path.read_bytes()
+
+
+def test_report_of_packing(weights, tmp_path):
+    stages = []
+    config = Config(int6_clip="max")
+    path = tmp_path / "a.pgolf"
+    report = pack.pack_state(config, weights, TOKENIZER, path, on_progress=lambda *done: stages.append(done))
+    assert set(report.seconds) == {"quantising", "compressing", "accounting"} == {name for name, _, _ in stages}
+    assert ("quantising", 5, 5) in stages
+    assert sum(report.bytes_by_kind.values()) == report.artifact_bytes
+    assert report.bytes_by_kind.keys() == {"header", "attn", "mlp", "embed", "float16"}
+    # As many values, one distribution: int6 takes as much for attention as for the MLP, int8 for embeddings more.
+    assert report.bytes_by_kind["attn"] == pytest.approx(report.bytes_by_kind["mlp"], rel=0.02)
+    assert report.bytes_by_kind["embed"] > 1.2 * report.bytes_by_kind["mlp"]
+    w, coded = weights["blocks.0.mlp.fc.weight"], quantise_state(config, weights)["blocks.0.mlp.fc.weight"]
+    assert report.errors["mlp"] == pytest.approx(((w - coded.dequantize()).norm() / w.norm()).item(), rel=1e-5)
+    assert report.errors.keys() == {"attn", "mlp", "embed", "float16"}
+    assert report.errors["float16"] < 5e-4 < report.errors["embed"] < report.errors["attn"]
+    assert json.loads(json.dumps(report.as_dict()))["errors"] == report.errors
 
 
 @pytest.mark.parametrize(
@@ -276,7 +338,7 @@ def test_a_model_survives_its_artifact(tmp_path):
     pack.pack_state(config, model.export_state(), TOKENIZER, tmp_path / "a.pgolf")
     artifact = pack.load_artifact(tmp_path / "a.pgolf")
     again.load_export(artifact.state)
-    roles = {name: tensor_role(name, tuple(value.shape)) for name, value in artifact.state.items()}
+    roles = {name: tensor_role(config, name, tuple(value.shape)) for name, value in artifact.state.items()}
     assert {name for name, role in roles.items() if role == "int6"} == {
         f"blocks.{i}.mlp.{kind}.weight" for i in range(2) for kind in ("fc", "proj")
     }

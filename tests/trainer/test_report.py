@@ -22,7 +22,7 @@ from pgolf.publish.page import element
 from pgolf.publish.report import write_report
 
 HOSTILE = "<script>alert(1)</script>&\"'"
-IMPLEMENTATIONS = {"newton_schulz_banks": "triton", "causal_attention": "reference"}
+IMPLEMENTATIONS = {"newton_schulz": "triton", "causal_attention": "reference"}
 LOSS_PER_BPB = math.log(2) * 1765432 / 654321  # ln 2 x bytes / tokens of the synthetic scores
 SCORING = {"eval_seq_len": 64, "eval_stride": 16}
 SLOT = {"slot_parameters": "bias", "slot_steps": 8, "slot_lr": 0.06, "slot_half_life": 96.0}

@@ -53,25 +53,34 @@ def candidate_clips(w: Tensor, clip: str | float) -> Tensor:
     return clip * w.std(1, correction=min(1, w.size(1) - 1))[None]  # one column alone has no spread
 
 
-def round_to_codes(w: Tensor, scale: Tensor) -> Tensor:
+def candidate_scales(w: Tensor, clip: str | float, floor: float, code_max: int = CODE_MAX) -> Tensor:
+    """The scales to try, float16 [candidates, N], all positive."""
+    steps = candidate_clips(w, clip) / code_max
+    return steps.clamp_min(max(floor, SMALLEST_SCALE)).to(torch.float16)
+
+
+def round_to_codes(w: Tensor, scale: Tensor, code_max: int = CODE_MAX) -> Tensor:
     """Codes of w as whole numbers in w's dtype."""
-    return (w / scale.to(w.dtype)[:, None]).round().clamp(-CODE_MAX, CODE_MAX)
+    return (w / scale.to(w.dtype)[:, None]).round().clamp(-code_max, code_max)
 
 
-def squared_error(w: Tensor, scale: Tensor) -> float:
+def squared_error(w: Tensor, scale: Tensor, code_max: int = CODE_MAX) -> float:
     def block_error(w: Tensor, scale: Tensor) -> float:
         # Summed in float64: the order of a float32 sum depends on the thread count, and with it a near-tied choice.
-        return (w - round_to_codes(w, scale) * scale.to(w.dtype)[:, None]).square().sum(dtype=torch.float64).item()
+        values = round_to_codes(w, scale, code_max) * scale.to(w.dtype)[:, None]
+        return (w - values).square().sum(dtype=torch.float64).item()
 
     return sum(block_error(w[rows], scale[rows]) for rows in row_blocks(w))
 
 
-def quantize(w: Tensor, clip: str | float, floor: float) -> tuple[Tensor, Tensor]:
-    """w [N, K] in float32 or float64 -> codes int8 [N, K], scale float16 [N]."""
-    steps = (candidate_clips(w, clip) / CODE_MAX).clamp_min(max(floor, SMALLEST_SCALE)).to(torch.float16)
+def quantize(w: Tensor, clip: str | float, floor: float, code_max: int = CODE_MAX) -> tuple[Tensor, Tensor]:
+    """w [N, K] in float32 or float64 -> codes int8 [N, K] in -code_max..code_max (31: six bits), scale float16 [N]."""
+    steps = candidate_scales(w, clip, floor, code_max)
     scales = [s for i, s in enumerate(steps) if i == 0 or not s.equal(steps[i - 1])]  # under the floor all are one
-    scale = scales[0] if len(scales) == 1 else min(scales, key=lambda s: squared_error(w, s))  # the first of equals
-    return torch.cat([round_to_codes(w[rows], scale[rows]).to(torch.int8) for rows in row_blocks(w)]), scale
+    # Of equals the first.
+    scale = scales[0] if len(scales) == 1 else min(scales, key=lambda s: squared_error(w, s, code_max))
+    codes = [round_to_codes(w[rows], scale[rows], code_max).to(torch.int8) for rows in row_blocks(w)]
+    return torch.cat(codes), scale
 
 
 def pack(codes: Tensor) -> Tensor:

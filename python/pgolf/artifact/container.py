@@ -6,7 +6,7 @@
            44  uint8 compressor (0 brotli, 1 lzma), uint64 size of the content, then a uint32 size for each piece
             .  the pieces: PIECE_BYTES of the content each (the last one less), compressed on their own
 
-    content:  uint32 size of the header, header (see header.py), levels, int6 codes, int8 codes, scales, float16 tensors
+    content:  uint32 size of the header, header (see header.py), levels, codes of 5 to 8 bits, scales, float16 tensors
 
 Integers are little-endian. Offsets of tensors follow from the table, so they cost nothing and cannot lie; the order
 inside the planes is in planes.py. Pieces exist so that threads can compress them; the bytes do not depend on how many.
@@ -66,7 +66,7 @@ def encode(content: Content) -> bytes:
 
 
 def tensor_planes(tensors: dict[str, CodedTensor]) -> dict[str, bytes]:
-    """What the content holds after the header, in this order: "levels", "int6", "int8", "scales", "float16"."""
+    """What the content holds after the header, in this order: "levels", "int5" to "int8", "scales", "float16"."""
     result: dict[str, bytes] = {"levels": b""}
     for role in CODE_MAX:
         codes = [t.values.numpy() for t in tensors.values() if t.role == role]

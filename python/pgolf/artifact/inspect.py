@@ -1,7 +1,6 @@
 """What an artifact is made of: bytes by kind of content, bits per parameter, room left under the limit.
 
-The bytes of a kind are an estimate in one respect: a compressed piece that several kinds share is divided in proportion
-to what their parts of it take when compressed alone. Pieces of one kind are exact, and the kinds add up to the file.
+The bytes of a kind are exact but where compressed pieces are shared, see account.py; the kinds add up to the file.
 """
 
 import hashlib
@@ -10,10 +9,9 @@ from pathlib import Path
 from rich.table import Table
 
 from ..errors import InputError
-from . import container
+from . import account, container
 from .pack import LIMIT_BYTES, code_bytes, read_bytes
-
-_DTYPE = {"int6": "int8", "int8": "int8", "float16": "float16"}
+from .quantise import CODE_MAX
 
 
 def inspect(path: Path) -> dict:
@@ -24,24 +22,25 @@ def inspect(path: Path) -> dict:
         "total_bytes", "limit_bytes", "headroom_bytes", "parameters", "bits_per_parameter", "config",
         "tokenizer_sha256", "extra", "kinds": [{"kind", "tensors", "parameters", "content_bytes", "stored_bytes"}],
         "tensors": [{"name", "role", "dtype", "shape"}]}. Kinds: "header", "levels" and "scales" (what codes need beside
-        themselves), then "int6", "int8", "float16". stored_bytes: after compression, see above.
+        themselves), then "int5" to "int8" as far as they occur, "float16". stored_bytes: after compression, see above.
 
     Raises:
         InputError: the file cannot be read or is damaged; the text begins with the path.
     """
     data = read_bytes(path)
     try:
-        compressor, raw, piece_sizes = container.unfold(data)
+        compressor, raw, _ = container.unfold(data)
         tensors = container.parse(compressor, raw).tensors
         header, where = container.locate(raw)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     where = {"header": slice(0, where["levels"].start), **where}
-    stored = _stored_bytes(raw, compressor, piece_sizes, where)
-    stored["header"] += len(data) - sum(piece_sizes)  # magic, hash and sizes of the pieces
+    stored = account.plane_bytes(data)
     kinds = []
     for kind, part in where.items():
         of_kind = [t.values.numel() for t in tensors.values() if t.role == kind]
+        if kind in CODE_MAX and not of_kind:
+            continue
         sizes = {"content_bytes": part.stop - part.start, "stored_bytes": stored[kind]}
         kinds.append({"kind": kind, "tensors": len(of_kind), "parameters": sum(of_kind), **sizes})
     parameters, total = sum(k["parameters"] for k in kinds), len(data) + code_bytes()
@@ -61,7 +60,13 @@ def inspect(path: Path) -> dict:
         **{key: description[key] for key in ("config", "tokenizer_sha256", "extra")},
         "kinds": kinds,
         "tensors": [
-            {"name": e.name, "role": e.role, "dtype": _DTYPE[e.role], "shape": list(e.shape)} for e in header.tensors
+            {
+                "name": e.name,
+                "role": e.role,
+                "dtype": "int8" if e.role in CODE_MAX else e.role,
+                "shape": list(e.shape),
+            }
+            for e in header.tensors
         ],
     }
 
@@ -84,18 +89,3 @@ def table(description: dict) -> Table:
     result.add_row("code (estimate)", "", "", f"{description['code_bytes']:,}")
     result.add_row(f"left of {description['limit_bytes']:,}", "", "", f"{description['headroom_bytes']:,}")
     return result
-
-
-def _stored_bytes(raw: bytes, compressor: str, piece_sizes: tuple[int, ...], where: dict[str, slice]) -> dict[str, int]:
-    """How the compressed pieces divide among the kinds."""
-    stored = dict.fromkeys(where, 0)
-    for i, size in enumerate(piece_sizes):
-        begin, end = i * container.PIECE_BYTES, (i + 1) * container.PIECE_BYTES
-        parts = {kind: raw[max(begin, part.start) : min(end, part.stop)] for kind, part in where.items()}
-        parts = {kind: part for kind, part in parts.items() if part}
-        alone = {kind: len(container.compress(part, compressor)[0]) for kind, part in parts.items() if len(parts) > 1}
-        *others, last = parts
-        for kind in others:
-            stored[kind] += size * alone[kind] // sum(alone.values())
-        stored[last] += size - sum(size * alone[kind] // sum(alone.values()) for kind in others)
-    return stored

@@ -3,12 +3,15 @@
 The limit of the challenge, 16,000,000 bytes, counts the file and the program together.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import lzma
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -20,24 +23,44 @@ import pgolf_kernels
 from .. import run
 from ..config import Config
 from ..errors import InputError
-from . import container
+from . import account, container
 from .header import Header, TensorEntry
-from .quantise import CodedTensor, dequantise_state, quantise_state
+from .prune import Pruning, layer_by_layer, prune
+from .quantise import (
+    CodedTensor,
+    dequantise_state,
+    quantise_state,
+    relative_errors,
+    tensor_kind,
+    wanted_hessians,
+)
 
 LIMIT_BYTES = 16_000_000
+PACKING_FIELDS = (  # prefixes of the settings that a run may be packed with
+    *("attn_bits", "attn_gptq", "mlp_bits", "mlp_clip", "mlp_gptq", "embed_bits", "embed_clip", "embed_gptq"),
+    *("int6_", "gptq_", "calibration", "float16_max_values", "target_bytes", "compressor"),
+)
 CODES, HEADER = "codes.safetensors", "header.json"
 _SCALE = "#scale"  # codes.safetensors holds a tensor's codes or values under its name, its scales under name + this
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing made; sizes in bytes. code_bytes is the estimate of `code_bytes()`."""
+    """What packing made; sizes in bytes. code_bytes is the estimate of `code_bytes()`.
+
+    Of `pack_state` and `pack_run` only: errors (relative, Frobenius) and stored bytes by kind of tensor, what pruning
+    did if it was asked for, seconds by stage.
+    """
 
     path: Path
     artifact_bytes: int
     code_bytes: int
     parameters: int
     sha256: str
+    errors: dict[str, float] = field(default_factory=dict, compare=False)
+    bytes_by_kind: dict[str, int] = field(default_factory=dict, compare=False)
+    pruned: Pruning | None = field(default=None, compare=False)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def total_bytes(self) -> int:
@@ -67,6 +90,9 @@ class Artifact:
     header: dict
 
 
+OnProgress = Callable[[str, int, int], None]  # stage, done, total; total 0: unknown
+
+
 def pack_state(
     config: Config,
     state: dict[str, Tensor],
@@ -74,6 +100,8 @@ def pack_state(
     out: Path,
     allow_oversize: bool = False,
     extra: dict | None = None,
+    hessians: dict[str, Tensor] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> PackReport:
     """Quantise a model's export by its config and write it to `out`.
 
@@ -82,27 +110,99 @@ def pack_state(
         tokenizer_sha256: of the tokenizer the model was trained with, 64 hexadecimal digits.
         allow_oversize: write the file even if file and code together exceed LIMIT_BYTES.
         extra: JSON values to record in the header.
+        hessians: of calibration.py; needed if config uses GPTQ.
 
     Raises:
         InputError: a tensor cannot be stored, the result is too large, or `out` cannot be written.
     """
-    return pack_tensors(config, quantise_state(config, state), tokenizer_sha256, out, allow_oversize, extra)
+    clock = _Stages(on_progress)
+    with clock.stage("quantising") as progress:
+        tensors = quantise_state(config, state, hessians, progress)
+    pruned, data = None, b""
+
+    def encode(tensors: dict[str, CodedTensor]) -> bytes:
+        return container.encode(make_content(config, tensors, tokenizer_sha256, extra))
+
+    if config.target_bytes:
+        with clock.stage("pruning") as progress:
+            kinds = {name: tensor_kind(config, name, tuple(t.shape)) for name, t in tensors.items()}
+            matrices = layer_by_layer(name for name, kind in kinds.items() if kind in ("attn", "mlp"))
+
+            def measure(tensors: dict[str, CodedTensor]) -> int:
+                nonlocal data
+                encoded = encode(tensors)
+                if len(encoded) + code_bytes() <= config.target_bytes:
+                    data = encoded  # the last that fits is the one with the fewest zeros
+                return len(encoded) + code_bytes()
+
+            tensors, pruned = prune(tensors, matrices, config.target_bytes, measure, progress)
+    else:
+        with clock.stage("compressing"):
+            data = encode(tensors)
+    report = _write(data, tensors, out, allow_oversize)
+    with clock.stage("accounting"):
+        errors = relative_errors(config, state, tensors)
+        by_kind = account.kind_bytes(config, tensors, account.plane_bytes(data))
+    return dataclasses.replace(report, errors=errors, bytes_by_kind=by_kind, pruned=pruned, seconds=clock.seconds)
 
 
-def pack_run(run_dir: Path, out: Path, allow_oversize: bool = False) -> PackReport:
+def pack_run(
+    run_dir: Path,
+    out: Path,
+    allow_oversize: bool = False,
+    settings: list[str] = (),
+    data: Path | None = None,
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+) -> PackReport:
     """`pack_state` for the weights that a training run left behind.
 
+    Args:
+        settings: `field=value` changes of the run's config, for what concerns the artifact.
+        data: the run's dataset, for calibration where the run has not kept the Hessians that GPTQ needs.
+        device: where such calibration runs; the rest is done on the CPU.
+
     Raises:
-        InputError: run_dir is no finished run, or as `pack_state`.
+        InputError: run_dir is no finished run, settings concern something else, or as `pack_state`.
     """
-    config = run.read_config(run_dir)
+    for setting in settings:
+        if not setting.startswith(PACKING_FIELDS):
+            raise InputError(f"pack: {setting!r} is not about the artifact; the run fixes the model and its training")
+    config = run.read_config(run_dir).with_settings(list(settings))
     if not (run_dir / run.MODEL).exists():
         raise InputError(
             f"{run_dir}: holds no {run.MODEL}; finish the run first (`pgolf train --resume --run {run_dir}`)"
         )
     tokenizer = hashlib.sha256(read_bytes(run_dir / run.TOKENIZER)).hexdigest()
+    state, hessians, clock = _load_safetensors(run_dir / run.MODEL), None, _Stages(on_progress)
+    wanted = wanted_hessians(config, {name: tuple(t.shape) for name, t in state.items()})
+    if wanted:
+        from .calibration import hessians_of_run  # imports the model, which packing without GPTQ does not need
+
+        with clock.stage("calibrating") as progress:
+            hessians = hessians_of_run(run_dir, config, state, wanted, data, device, progress)
     extra = {run.TRAINED_STEPS: run.trained_steps(run_dir)}
-    return pack_state(config, _load_safetensors(run_dir / run.MODEL), tokenizer, out, allow_oversize, extra)
+    report = pack_state(config, state, tokenizer, out, allow_oversize, extra, hessians, on_progress)
+    return dataclasses.replace(report, seconds={**clock.seconds, **report.seconds})
+
+
+class _Stages:
+    """Times stages and passes their progress on."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self.on_progress, self.seconds = on_progress, {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        started = time.perf_counter()
+        report = (lambda done, total: self.on_progress(name, done, total)) if self.on_progress else _silent
+        report(0, 0)
+        yield report
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+
+
+def _silent(done: int, total: int) -> None:
+    pass
 
 
 def pack_tensors(
@@ -115,6 +215,10 @@ def pack_tensors(
 ) -> PackReport:
     """`pack_state` for tensors that are coded already."""
     data = container.encode(make_content(config, tensors, tokenizer_sha256, extra))
+    return _write(data, tensors, out, allow_oversize)
+
+
+def _write(data: bytes, tensors: dict[str, CodedTensor], out: Path, allow_oversize: bool) -> PackReport:
     report = PackReport(
         path=Path(out),
         artifact_bytes=len(data),

@@ -16,8 +16,10 @@ STAGE_TERMS = {
 KIND_TERMS = {
     "header": "settings and the table of tensors",
     "levels": "spread of each row and column, which orders the codes",
-    "int6": "attention and MLP matrices, 63 levels",
-    "int8": "large embeddings, 255 levels",
+    "int5": "matrices, 31 levels",
+    "int6": "matrices of 63 levels: attention and MLP, unless the config says otherwise",
+    "int7": "matrices, 127 levels",
+    "int8": "matrices of 255 levels: large embeddings, unless the config says otherwise",
     "scales": "one float16 per row of codes",
     "float16": "tensors of at most 65,536 values",
 }
