@@ -19,7 +19,7 @@ from pgolf.model import GPT, activation_dtype
 from pgolf.optimise.gradients import GradientBuffer
 from pgolf.optimise.groups import Optimisers
 from pgolf.presets import PRESETS
-from pgolf.scoring.slot import PerWindowSlot
+from pgolf.scoring.slot import Slot
 from pgolf.scoring.windows import gather_batch, make_windows
 from pgolf_kernels import dispatch
 
@@ -106,7 +106,7 @@ def _train_case(cfg: Config, device: str, quick: bool) -> Case:
     )
 
 
-def _slot_scores(model: GPT, scorer: PerWindowSlot, windows: list, x: Tensor, y: Tensor, scored: Tensor) -> Tensor:
+def _slot_scores(model: GPT, scorer: Slot, windows: list, x: Tensor, y: Tensor, scored: Tensor) -> Tensor:
     with torch.no_grad():
         return scorer(model, x, y, scored, windows)
 
@@ -115,7 +115,7 @@ def _slot_case(cfg: Config, device: str, num_windows: int) -> Case:
     model = _model(cfg, device).requires_grad_(False)
     exact = copy.deepcopy(model).double()
     exact.activation_dtype = torch.float64
-    scorer = PerWindowSlot("bias", "after", 8, 0.06, 128.0)
+    scorer = Slot(cfg.replace(slot_parameters="bias", slot_steps=8, slot_lr=0.06, slot_half_life=128.0))
     windows = make_windows(SEQ_LEN + (num_windows - 1) * STRIDE, SEQ_LEN, STRIDE)
     run = partial(_slot_scores, model, scorer, windows)
 

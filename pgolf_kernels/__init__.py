@@ -6,7 +6,7 @@ from .ops.causal_attention import causal_attention
 from .ops.int6_linear import Int6Weight, int6_linear, quantize_int6
 from .ops.leaky_relu2_mlp import leaky_relu2_mlp
 from .ops.newton_schulz import newton_schulz, newton_schulz_banks
-from .ops.slot import LBFGS, AdamW, SlotFit, slot_fit, slot_score
+from .ops.slot import LBFGS, AdamW, HypergradientAdamW, SlotFit, slot_fit, slot_score
 from .ops.softcapped_cross_entropy import softcapped_cross_entropy
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "slot_score",
     "AdamW",
     "LBFGS",
+    "HypergradientAdamW",
     "SlotFit",
     "optim",
     "nn",

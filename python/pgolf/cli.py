@@ -95,7 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("artifact", type=Path, metavar="ARTIFACT")
     p.add_argument("--data", required=True, type=Path, metavar="DIR")
     _add_tokenizer(p)
-    p.add_argument("--method", default="sliding", metavar="M", help="plain, sliding or slot (default: sliding)")
+    p.add_argument(
+        "--method",
+        default="sliding",
+        metavar="M",
+        help="plain, sliding, slot, ttt, slot+ttt, ctw, several with commas, or stages (default: sliding)",
+    )
+    p.add_argument("--published", metavar="NAME", help="score as a published system did, such as pr1217")
+    p.add_argument(
+        "--share", metavar="S", help="slot: what a fit sees: window (causal), shared-context, shared-all, scored, ..."
+    )
+    p.add_argument("--allow-leaky", action="store_true", help="run a method that is not causal; marks it INVALID")
     p.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (default: the artifact's)")
     p.add_argument("--parameters", metavar="P", help="slot: fit delta, bias or both")
     p.add_argument("--steps", type=int, metavar="N", help="slot: optimiser steps per window")

@@ -153,12 +153,16 @@ def inspect(args: Namespace) -> dict:
 
 
 def evaluate(args: Namespace) -> dict:
-    from .evaluate import evaluate as score
+    from .evaluate import check_request
+    from .evaluate import evaluate as run_method
+    from .scoring.published import published_settings
 
-    settings = [
+    settings = published_settings(args.published) if args.published else []
+    settings += [
         f"{field}={value}"
         for field, value in (
             ("eval_stride", args.stride),
+            ("slot_share", args.share),
             ("slot_parameters", args.parameters),
             ("slot_steps", args.steps),
             ("slot_lr", args.lr),
@@ -166,22 +170,30 @@ def evaluate(args: Namespace) -> dict:
         )
         if value is not None
     ]
-    with meter(f"scoring ({args.method})", enabled=is_main_rank()) as on_progress:
-        result = score(
+    settings += args.set
+    # Before the bar: a refusal is one line and nothing else.
+    causal = check_request(args.artifact, args.method, settings, args.allow_leaky).causal
+    with meter(f"{'' if causal else 'INVALID '}scoring ({args.method})", enabled=is_main_rank()) as on_progress:
+        result = run_method(
             args.artifact,
             args.data,
             args.method,
-            settings=settings + args.set,
+            settings=settings,
             limit=args.tokens,
+            allow_leaky=args.allow_leaky,
             device=args.device,
             tokenizer=args.tokenizer,
             on_progress=on_progress,
         )
-    _say(
-        args,
-        f"{args.method}: val_loss {result['val_loss']:.6f}  val_bpb {result['val_bpb']:.6f}  "
-        f"tokens {result['tokens']:,}  bytes {result['bytes']:,}  seconds {result['seconds']:.1f}",
-    )
+    for score in result.get("stages", [result]):
+        _say(
+            args,
+            f"{'' if score['causal'] else 'INVALID '}{score['method']}: val_loss {score['val_loss']:.6f}  "
+            f"val_bpb {score['val_bpb']:.6f}  tokens {score['tokens']:,}  bytes {score['bytes']:,}  "
+            f"seconds {score['seconds']:.1f}{'' if score['causal'] else '  ' + score['standing']}",
+        )
+    if "stages" in result:
+        _say(args, f"all of it {result['seconds']:.1f} s, reading the artifact {result['load_seconds']:.1f} s")
     return result
 
 

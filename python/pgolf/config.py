@@ -124,12 +124,46 @@ class Config:
     eval_seq_len: int = 2048
     eval_stride: int = 64
     eval_batch_windows: int = 32
+    eval_windows: str = "exact"  # every target once; "legacy": windows to the very end; "legacy-full": no short ones
+    eval_slices: int = 1  # parts that windows are dealt to before batches are cut: the ranks of a published run
+    eval_interleave: bool = False  # window i goes to part i mod eval_slices instead of to a contiguous one
+    eval_stages: str = "plain,sliding"  # what `--method stages` runs, in this order
     drop_val_tail: bool = True  # the challenge scores a multiple of eval_seq_len targets; False scores every token
-    slot_parameters: str = "delta"  # "delta", "bias" or "both"
+    slot_share: str = "window"  # who shares a fit and which targets it sees: the names of scoring/objective.py
+    slot_windows: str = ""  # as eval_windows, for SLOT alone; empty: the same
+    slot_parameters: str = "delta"  # or "bias", "both"; "logits": a bias after the softcap; "temperature", by SGD
     slot_norm: str = "after"  # delta joins the hidden state "after" or "before" the final norm
+    slot_optimizer: str = "adamw"  # "hypergradient" and "lbfgs-joint" couple the windows of a batch
+    slot_normalize: str = "window"  # the loss is divided by the weights of each "window" or of the "batch"
     slot_steps: int = 8
+    slot_restart_steps: int = 0  # the optimiser begins anew, from the fit so far, after so many steps; 0: never
     slot_lr: float = 0.005
+    slot_lr_min: float = 0.0  # above 0: adamw's cosine ends here; hypergradient's lower bound
+    slot_lr_max: float = 0.024  # hypergradient's upper bound
+    slot_hyper_rate: float = 1e-5  # hypergradient's step per unit of the product of successive gradients
+    slot_beta1: float = 0.9
+    slot_beta2: float = 0.999
+    slot_eps: float = 1e-5
+    slot_wd: float = 1e-8
+    slot_max_iter: int = 20  # L-BFGS iterations per step
+    slot_history: int = 10  # L-BFGS curvature pairs
+    slot_line_search: int = 0  # L-BFGS evaluations per line search; 0: what torch >= 2.10 allows, 25: earlier ones
     slot_half_life: float = 0.0  # in tokens: context weight halves with this distance; 0: equal weights
+    slot_focal_tokens: int = 0  # only targets among so many last positions of a full window are fitted to; 0: all
+    slot_buckets: int = 0  # rows of a hashed table of shifts that is fitted beside delta; 0: none
+    slot_clamp: float = 0.0  # bound of every fitted value; 0: none
+    slot_warm_start: bool = False  # a batch begins with the fit of the one before it
+    ctw_weight: float = 0.1  # largest share of the context tree in the mixture
+    ctw_depth: int = 4  # tokens of its longest context
+    ctw_entropy: float = 2.0  # in nats: where the model is surer than this it is left alone
+    ttt_lr: float = 0.002  # score-first test-time training: SGD, a cosine over the chunks
+    ttt_momentum: float = 0.9
+    ttt_epochs: int = 3
+    ttt_chunk_tokens: int = 32768  # targets that are scored before the model trains on them
+    ttt_batch_seqs: int = 32  # sequences of eval_seq_len per slice and step
+    ttt_freeze_blocks: int = 0  # the small tensors of the first blocks stay as they are; matrices in banks train
+    ttt_grad_clip: float = 1.0  # 0: no clipping
+    ttt_focal_gamma: float = 0.0  # above 0: each token's loss is scaled by (1 - its probability)^gamma
 
     @property
     def head_dim(self) -> int:
@@ -202,6 +236,7 @@ class Config:
         )
         for name in ("recur_start_step", "train_shards", "rope_train_len"):
             must(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        check_scoring(self, must)
         for name in ("ve_layers", "recur_layers"):
             layers = getattr(self, name)
             must(
@@ -261,6 +296,10 @@ AT_LEAST_ONE = (
     "calibration_batch_tokens",
     "eval_seq_len",
     "eval_batch_windows",
+    "eval_slices",
+    "slot_max_iter",
+    "slot_history",
+    "ttt_batch_seqs",
 )
 CLIPS = ("search", "max", "quantile")
 CHOICES = {
@@ -271,8 +310,14 @@ CHOICES = {
     "calibration": {"train", "generated"},
     "compressor": {"brotli", "lzma"},
     "score_slot_instead": {"", "sliding", "all"},
-    "slot_parameters": {"delta", "bias", "both"},
+    "eval_windows": {"exact", "legacy", "legacy-full"},
+    "slot_windows": {"", "exact", "legacy", "legacy-full"},
+    "slot_share": {"window", "window-prefix", "shared-context", "shared-prefix"}
+    | {"shared-all", "shared-all-but-last", "scored"},
+    "slot_parameters": {"delta", "bias", "both", "logits", "temperature"},
     "slot_norm": {"after", "before"},
+    "slot_optimizer": {"adamw", "hypergradient", "lbfgs", "lbfgs-joint"},
+    "slot_normalize": {"window", "batch"},
 }
 
 
@@ -287,6 +332,51 @@ def clip_value(text: str) -> str | float:
     if not (math.isfinite(deviations) and deviations > 0):
         raise InputError(f"must be one of {', '.join(CLIPS)} or a positive number of standard deviations, got {text!r}")
     return deviations
+
+
+def check_scoring(cfg: Config, must: typing.Callable[[bool, str], None]) -> None:
+    """The rules between fields that concern scoring."""
+    shared = cfg.slot_share.startswith("shared-")
+    for name in (
+        "slot_buckets",
+        "ctw_depth",
+        "slot_steps",
+        "slot_restart_steps",
+        "slot_line_search",
+        "slot_focal_tokens",
+        "slot_half_life",
+    ):
+        must(getattr(cfg, name) >= 0, f"{name} must be at least 0, got {getattr(cfg, name)}")
+    must(
+        shared or cfg.slot_parameters != "logits",
+        f"slot_parameters 'logits' needs a slot_share that is shared, got {cfg.slot_share!r}",
+    )
+    must(
+        cfg.slot_parameters != "logits" or cfg.slot_norm == "after",
+        "slot_parameters 'logits' joins behind the norm: slot_norm must be 'after', got 'before'",
+    )
+    plain = cfg.slot_optimizer == "adamw" and not (cfg.slot_warm_start or cfg.slot_clamp or cfg.slot_restart_steps)
+    must(
+        plain or not cfg.slot_buckets and cfg.slot_parameters != "temperature",
+        "slot_buckets and slot_parameters 'temperature' know no slot_optimizer, slot_warm_start, slot_clamp and "
+        "slot_restart_steps; leave those at their defaults",
+    )
+    must(
+        not cfg.slot_buckets or cfg.slot_parameters == "delta",
+        f"slot_buckets stand beside a delta: slot_parameters must be 'delta', got {cfg.slot_parameters!r}",
+    )
+    must(0 <= cfg.ctw_weight <= 1, f"ctw_weight must lie in 0..1, got {cfg.ctw_weight}")
+    must(shared or not cfg.slot_warm_start, f"slot_warm_start needs a shared slot_share, got {cfg.slot_share!r}")
+    must(
+        not shared or cfg.slot_optimizer != "lbfgs-joint",
+        f"slot_optimizer 'lbfgs-joint' joins fits per window, but slot_share is {cfg.slot_share!r}; use 'lbfgs'",
+    )
+    must(cfg.ttt_epochs >= 0, f"ttt_epochs must be at least 0, got {cfg.ttt_epochs}")
+    must(
+        0 <= cfg.ttt_freeze_blocks <= cfg.num_layers,
+        f"ttt_freeze_blocks must lie in 0..num_layers {cfg.num_layers}, got {cfg.ttt_freeze_blocks}",
+    )
+    must(cfg.ttt_chunk_tokens >= 1, f"ttt_chunk_tokens must be at least 1, got {cfg.ttt_chunk_tokens}")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

@@ -20,7 +20,7 @@ def run_demo(run_dir: Path, data: Path, preset_name: str, settings: list[str], d
     from .artifact.pack import pack_run
     from .data.corpus import stdlib_documents
     from .data.prepare import prepare
-    from .evaluate import METHODS, evaluate
+    from .evaluate import evaluate
     from .publish.report import write_report
     from .train import train
 
@@ -35,7 +35,7 @@ def run_demo(run_dir: Path, data: Path, preset_name: str, settings: list[str], d
     with staged_meter("packing") as on_progress:
         packed = pack_run(run_dir, artifact, on_progress=on_progress)
     scores = {}
-    for method in METHODS:
+    for method in ("plain", "sliding", "slot"):
         with meter(f"scoring ({method})") as on_progress:
             scores[method] = evaluate(artifact, data, method, device=device, on_progress=on_progress)
     report = write_report(run_dir)

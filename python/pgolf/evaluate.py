@@ -6,8 +6,10 @@ The model, its shape and the settings of the method come from the artifact alone
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,15 +20,21 @@ from .artifact.container import Content
 from .artifact.pack import read_content
 from .artifact.quantise import dequantise_state
 from .config import Config
+from .data.byte_counts import ByteCounts
 from .data.dataset import Dataset
 from .errors import InputError
 from .model import GPT, activation_dtype
-from .scoring.slot import PerWindowSlot
-from .scoring.stream import BatchScorer, score_frozen, score_stream
+from .scoring.context_tree import ContextTree
+from .scoring.objective import standing
+from .scoring.slot import Slot
+from .scoring.slot_autograd import AutogradSlot
+from .scoring.stream import BatchScorer, Score, score_stream
+from .scoring.ttt import ScoreFirst
 from .scoring.validation import validation_tokens
 
-METHODS = ("plain", "sliding", "slot")
-SCORING_FIELDS = ("eval_", "slot_", "drop_val_tail", "dtype")  # prefixes of the fields that --set may change here
+METHODS = ("plain", "sliding", "slot", "ttt", "slot+ttt", "ctw")
+# prefixes of the fields that --set may change here
+SCORING_FIELDS = ("eval_", "slot_", "ttt_", "ctw_", "drop_val_tail", "dtype")
 
 
 def load_model(path: Path, device: torch.device) -> tuple[GPT, Config, dict]:
@@ -57,6 +65,7 @@ def evaluate(
     *,
     settings: list[str] = (),
     limit: int = 0,
+    allow_leaky: bool = False,
     device: str = "auto",
     tokenizer: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -64,65 +73,168 @@ def evaluate(
     """Score an artifact and record the result in scores.json beside it.
 
     Args:
-        method: "plain" (no overlap), "sliding" or "slot" (sliding, with a fit to each window's context).
+        method: "plain" (no overlap), "sliding", "slot" (sliding, with a fit before each batch), "ttt" (sliding, with
+            training on each chunk behind its scoring), "slot+ttt" or "ctw" (sliding, mixed with a context tree);
+            several, separated by commas; or "stages", the config's eval_stages.
         settings: `field=value` overrides of the artifact's config, for what concerns scoring.
         limit: score only the first targets; 0: all.
         tokenizer: the model file, where it does not lie with the data.
+        allow_leaky: run a method that is not causal, too; its result is marked INVALID.
 
     Returns:
-        {"method", "share", "val_loss", "val_bpb", "tokens", "bytes", "seconds", "causal", "text", "settings"};
-        "text" says whether bytes are of the raw text or of what the tokenizer normalised it to.
+        {"method", "share", "val_loss", "val_bpb", "tokens", "bytes", "seconds", "causal", "standing", "text",
+        "settings", ...}; "text" says whether bytes are of the raw text or of what the tokenizer normalised it to.
+        Of several methods {"stages": their results, "load_seconds", "seconds": of everything, "causal", "standing"}.
+
+    Raises:
+        InputError: an unknown method or setting, other data, or a method that is not causal without allow_leaky.
     """
-    if method not in METHODS:
-        raise InputError(f"eval: method must be one of {', '.join(METHODS)}, got {method!r}")
-    ranks = distributed.start(device)
+    started = time.perf_counter()
+    ranks = distributed.start(device)  # first: under train_gpt.py the other ranks wait here for rank 0's file
     try:
-        model, cfg, header = load_model(artifact, ranks.device)
-        for setting in settings:
-            if not setting.startswith(SCORING_FIELDS):
-                raise InputError(
-                    f"eval: {setting!r} is not about scoring; the artifact fixes the model and its training"
-                )
-        cfg = cfg.with_settings(list(settings))
+        request = check_request(artifact, method, settings, allow_leaky)
+        cfg, methods = request.cfg, request.methods
+        model = build_model(artifact, request.content, ranks.device)
+        model.activation_dtype = activation_dtype(cfg, ranks.device)
         dataset = Dataset.open(data, tokenizer, vocab_size=cfg.vocab_size)
-        if header["tokenizer_sha256"] != dataset.tokenizer.sha256:
+        if request.content.header.tokenizer_sha256 != dataset.tokenizer.sha256:
             raise InputError(
                 f"{data}: its tokenizer is not the one that {artifact} was trained with; use the data of that run"
             )
-        scorer: BatchScorer = PerWindowSlot.from_config(cfg) if method == "slot" else score_frozen
-        score = score_stream(
-            model,
-            validation_tokens(cfg, dataset, limit),
-            dataset.byte_counts,
-            ranks,
-            seq_len=cfg.eval_seq_len,
-            stride=cfg.eval_seq_len if method == "plain" else cfg.eval_stride,
-            batch_windows=cfg.eval_batch_windows,
-            score_batch=scorer,
-            on_progress=on_progress if ranks.is_main else None,
-        )
-        result = {
-            "method": method,
-            "share": "window" if method == "slot" else None,
-            **score.as_dict(),
-            "causal": True,
-            "text": "normalised" if dataset.tokenizer.normalised else "raw",
-            "world_size": ranks.world_size,
-            "settings": _settings(cfg, method),
-            "implementations": dict(dispatch.CHOSEN),
-            "artifact_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest(),
+        tokens = validation_tokens(cfg, dataset, limit)
+        loaded = time.perf_counter()
+        digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
+        results = []
+        for i, name in enumerate(methods):
+            progress = _share_of(on_progress, i, len(methods)) if on_progress and ranks.is_main else None
+            score = score_method(name, cfg, model, tokens, dataset.byte_counts, ranks, on_progress=progress)
+            found = standing(cfg, name)
+            result = {
+                "method": name,
+                "share": cfg.slot_share if "slot" in name else None,
+                **score.as_dict(),
+                "causal": found.causal,
+                "standing": "causal" if found.causal else f"INVALID: {found.reason}",
+                "text": "normalised" if dataset.tokenizer.normalised else "raw",
+                "world_size": ranks.world_size,
+                "settings": _settings(cfg, name),
+                "implementations": dict(dispatch.CHOSEN),
+                "artifact_sha256": digest,
+            }
+            if ranks.is_main:
+                run.update_json(artifact.parent / run.SCORES, _record_name(name, cfg, found.causal, limit), result)
+            results.append(result)
+        if len(results) == 1 and method != "stages":
+            return results[0]
+        leaky = [r["method"] for r in results if not r["causal"]]
+        return {
+            "stages": results,
+            "load_seconds": round(loaded - started, 3),
+            "seconds": round(time.perf_counter() - started, 3),
+            "causal": not leaky,
+            "standing": f"INVALID: not causal are {', '.join(leaky)}" if leaky else "causal",
         }
-        if ranks.is_main:
-            name = f"{method}, first {limit} tokens" if limit else method  # never in place of a whole score
-            run.update_json(artifact.parent / run.SCORES, name, result)
-        return result
     finally:
         distributed.stop()
 
 
+class Request(NamedTuple):
+    """What is to be scored, checked: cfg is the artifact's with the settings over it."""
+
+    content: Content
+    cfg: Config
+    methods: list[str]
+
+    @property
+    def causal(self) -> bool:
+        return all(standing(self.cfg, name).causal for name in self.methods)
+
+
+def check_request(artifact: Path, method: str, settings: list[str] = (), allow_leaky: bool = False) -> Request:
+    """Refuse what `evaluate` would refuse about its method and settings, before any work; its arguments and errors."""
+    if method != "stages":
+        _check_methods(method)
+    content = read_content(artifact)
+    for setting in settings:
+        if not setting.startswith(SCORING_FIELDS):
+            raise InputError(f"eval: {setting!r} is not about scoring; the artifact fixes the model and its training")
+    cfg = content.header.config.with_settings(list(settings))
+    methods = _check_methods(cfg.eval_stages if method == "stages" else method)
+    for name in methods:
+        if not (found := standing(cfg, name)).causal and not allow_leaky:
+            raise InputError(
+                f"eval: {name} as configured is not causal ({found.reason}): its score is INVALID; "
+                "--allow-leaky computes it all the same"
+            )
+        if "ttt" in name:
+            ScoreFirst(cfg)
+        if name == "ctw":
+            ContextTree(cfg, torch.empty(0))
+    return Request(content, cfg, methods)
+
+
+def score_method(
+    method: str,
+    cfg: Config,
+    model: GPT,
+    tokens: torch.Tensor,
+    byte_counts: ByteCounts,
+    ranks: distributed.Ranks,
+    **callbacks: Callable | None,
+) -> Score:
+    """score_stream with what `method` and the fields of cfg mean: windows, scorer, learner. The model stays as it is.
+
+    Args:
+        callbacks: on_progress, on_nll of score_stream.
+    """
+    parts = method.split("+")
+    return score_stream(
+        model,
+        tokens,
+        byte_counts,
+        ranks,
+        seq_len=cfg.eval_seq_len,
+        stride=cfg.eval_seq_len if method == "plain" else cfg.eval_stride,
+        batch_windows=cfg.eval_batch_windows,
+        rule="exact" if method == "plain" else (method == "slot" and cfg.slot_windows) or cfg.eval_windows,
+        slices=cfg.eval_slices,
+        interleave=cfg.eval_interleave and "ttt" not in parts,
+        scorer=_make_scorer(parts, cfg, tokens),
+        learner=ScoreFirst(cfg) if "ttt" in parts else None,
+        **callbacks,
+    )
+
+
+def _make_scorer(parts: list[str], cfg: Config, tokens: torch.Tensor) -> BatchScorer | None:
+    if "ctw" in parts:
+        return ContextTree(cfg, tokens)
+    if "slot" in parts:
+        return (AutogradSlot if cfg.slot_buckets or cfg.slot_parameters == "temperature" else Slot)(cfg)
+    return None
+
+
+def _check_methods(methods: str) -> list[str]:
+    names = methods.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"eval: method must be one of {', '.join(METHODS)} or stages, got {name!r}")
+    return names
+
+
+def _share_of(on_progress: Callable[[int, int], None], i: int, n: int) -> Callable[[int, int], None]:
+    """Progress of the i-th of n stages as progress of them all."""
+    return lambda done, total: on_progress(i * total + done, n * total)
+
+
+def _record_name(method: str, cfg: Config, causal: bool, limit: int) -> str:
+    """The key of a score in scores.json; a partial or leaky score never takes the place of a whole, causal one."""
+    name = method if causal else f"INVALID {method} {cfg.slot_share}"
+    return f"{name}, first {limit} tokens" if limit else name
+
+
 def _settings(cfg: Config, method: str) -> dict:
     """The fields that a score of this method depends on."""
-    prefixes = ("eval_", "drop_val_tail") + (("slot_",) if method == "slot" else ())
+    prefixes = ("eval_", "drop_val_tail", *(f"{part}_" for part in method.split("+") if part in ("slot", "ttt", "ctw")))
     return {name: value for name, value in json.loads(cfg.to_json()).items() if name.startswith(prefixes)}
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DEVICES
+from slot_samples import B, D, T, V, make, naive_nll, naive_parameters
 
 from pgolf_kernels.dispatch import TRITON_INTERPRETED
-from pgolf_kernels.ops.slot import LBFGS, AdamW, SlotFit, op, slot_fit, slot_score
-from pgolf_kernels.ops.slot.reference import RMS_EPS, freeze, loss_and_gradient
+from pgolf_kernels.ops.slot import LBFGS, AdamW, HypergradientAdamW, SlotFit, op, slot_fit, slot_score
+from pgolf_kernels.ops.slot.reference import freeze, loss_and_gradient
 
-B, T, D, V = 5, 61, 37, 77
 HOME = {"triton": "cuda"}  # under the interpreter it has small tests of its own, at the end
 NATIVE = [(i.name, device) for i in op.FIT_IMPLS[:-1] for device in DEVICES if device == HOME.get(i.name, i.name)]
 WHERE = NATIVE + [("reference", device) for device in DEVICES]
@@ -38,35 +38,6 @@ def fit_slot(*args, **kwargs):
 
 def score_slot(*args, **kwargs):
     return or_skip(slot_score, *args, **kwargs)
-
-
-def make(norm="after", dtype=torch.float64, device="cpu", batch=B):
-    """A problem with something to learn: targets that the hidden states half predict. Weights of 0 and in (0, 1)."""
-    weight = torch.randn(V, D) * 0.4
-    targets = torch.randint(V, (batch, T))
-    hidden = torch.randn(batch, T, D) + weight[targets]
-    hidden = F.rms_norm(hidden, (D,)) * (7 if norm == "before" else 1)
-    mask = torch.rand(batch, T) * (torch.rand(batch, T) < 0.7)
-    mask[0] = 0
-    mask[0, 17] = 0.3  # one row
-    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), mask.to(device)
-
-
-def naive_nll(hidden, weight, targets, delta, bias, softcap, norm):
-    """The definition, [B, T]; delta [B or 1, D] and bias [B or 1, V] may be None."""
-    h = hidden if delta is None else hidden + delta[:, None]
-    h = h if norm == "after" else h * (h.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
-    z = h @ weight.T if bias is None else h @ weight.T + bias[:, None]
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-
-
-def naive_parameters(parameters, groups, like):
-    delta, bias = (torch.zeros(groups, n, dtype=like.dtype, requires_grad=True) for n in (D, V))
-    return [p for p, name in ((delta, "delta"), (bias, "bias")) if parameters in (name, "both")], (
-        delta if parameters != "bias" else None,
-        bias if parameters != "delta" else None,
-    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -140,6 +111,40 @@ def test_lbfgs_is_torchs(norm, joint):
     torch.testing.assert_close(fit.loss_per_step[:, 0], want, rtol=1e-6, atol=0)
     torch.testing.assert_close(fit.delta, delta.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fit.bias, bias.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("rate, bounds", [(0.5, (0.0, 10.0)), (0.5, (0.0, 0.0301)), (-0.5, (0.0299, 1.0))], ids=str)
+def test_hypergradient_adamw_is_torchs_with_that_rate(rate, bounds, joint):
+    """One window at a time, or all with one learning rate: what the products of torch's own gradients make of it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)  # the bounds below are reached on this problem
+        hidden, weight, targets, mask = make()
+    mask = mask.double()  # its float32 sum is off by 1e-8, which five steps of a growing rate magnify
+    low, high = bounds
+    config = HypergradientAdamW(lr=0.03, rate=rate, lr_min=low, lr_max=high, weight_decay=0.01, joint=joint)
+    fit = slot_fit(hidden, weight, targets, mask, parameters="both", normalize="batch", optimizer=config, steps=5,
+                   impl="reference")  # fmt: skip
+    rates = []
+    for windows in [range(B)] if joint else [[i] for i in range(B)]:
+        h, y, m = (t[list(windows)] for t in (hidden, targets, mask))
+        leaves, (delta, bias) = naive_parameters("both", len(windows), hidden)
+        adamw = torch.optim.AdamW(leaves, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.01)
+        previous = None
+        for _ in range(5):
+            adamw.zero_grad()
+            ((naive_nll(h, weight, y, delta, bias, 30.0, "after") * m).sum() / mask.sum()).backward()
+            gradients = torch.cat([p.grad.flatten() for p in leaves])
+            if previous is not None:
+                lr = adamw.param_groups[0]["lr"] + rate * float(gradients @ previous)
+                adamw.param_groups[0]["lr"] = min(max(lr, low), high)
+            rates.append(adamw.param_groups[0]["lr"])
+            previous = gradients
+            adamw.step()
+        for got, want in ((fit.delta, delta), (fit.bias, bias)):
+            torch.testing.assert_close(got[list(windows)], want.detach(), rtol=1e-6, atol=1e-9)
+    assert high in rates or low in rates or (high == 10.0 and len(set(rates)) == 1 + len(rates) * 4 // 5)
+    assert fit.loss_per_step.shape == (5, 1 if joint else B)
 
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden/slot.npz")
@@ -240,7 +245,9 @@ def test_as_accurate_as_the_reference(impl, device, dtype, norm, softcap):
         assert ours <= 2 * baseline + 1.2e-7 * scale, f"{name}: {ours:.2e} against {baseline:.2e}"
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(lr=0.02), LBFGS(max_iter=3)], ids=["adamw", "lbfgs"])
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(lr=0.02), LBFGS(max_iter=3), HypergradientAdamW(rate=0.1)], ids=["adamw", "lbfgs", "hyper"]
+)
 @pytest.mark.parametrize("norm", ["after", "before"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl, device", WHERE)
@@ -265,7 +272,9 @@ def test_a_window_does_not_see_its_batch(impl, device, dtype, norm, optimizer):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [AdamW(weight_decay=0.5), LBFGS(max_iter=2), LBFGS(max_iter=2, joint=True)], ids=str
+    "optimizer",
+    [AdamW(weight_decay=0.5), LBFGS(max_iter=2), LBFGS(max_iter=2, joint=True), HypergradientAdamW(joint=True)],
+    ids=str,
 )
 @pytest.mark.parametrize("impl, device", WHERE)
 def test_a_window_without_rows_keeps_its_start(impl, device, optimizer):
@@ -357,12 +366,13 @@ def test_inputs_are_untouched_and_compiled_callers_work():
         ({"normalize": "none"}, r"normalize must be one of"),
         ({"parameters": "gamma"}, r"parameters must be one of"),
         ({"steps": -1}, r"steps must be an int >= 0, got -1"),
-        ({"optimizer": torch.optim.AdamW}, r"optimizer must be an AdamW or LBFGS"),
+        ({"optimizer": torch.optim.AdamW}, r"optimizer must be an AdamW, HypergradientAdamW or LBFGS"),
         ({"optimizer": AdamW(betas=(0.9, 1.0))}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         (
             {"optimizer": LBFGS(joint=True), "share": "batch"},
             r"needs share='window', got 'batch'; share='batch' is one",
         ),
+        ({"optimizer": HypergradientAdamW(lr_min=0.1)}, r"0 <= lr_min <= lr_max, got \(0.1, 0.024\)"),
         ({"init": SlotFit(torch.ones(2, D), None, None)}, r"init.delta must be \(1, 37\) or \(5, 37\) on cpu, got \(2"),
         ({"init": SlotFit(None, torch.ones(1, V), None)}, r"init.delta must be .* got None"),
         ({"impl": "gpu"}, r"unknown impl 'gpu'; expected 'auto' or one of \[.*'reference'\]"),

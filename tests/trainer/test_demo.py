@@ -131,7 +131,9 @@ def test_eval_refuses_other_data_and_unknown_methods(demo, tmp_path, capsys):
     assert pgolf("eval", artifact, "--data", tmp_path / "other") == 2
     assert "its tokenizer is not the one" in capsys.readouterr().err
     assert pgolf("eval", artifact, "--data", tmp_path / "other", "--method", "slt") == 2
-    assert "method must be one of plain, sliding, slot, got 'slt'" in capsys.readouterr().err
+    assert (
+        "method must be one of plain, sliding, slot, ttt, slot+ttt, ctw or stages, got 'slt'" in capsys.readouterr().err
+    )
 
 
 def test_presets_as_json(capsys):

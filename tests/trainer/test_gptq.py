@@ -267,7 +267,10 @@ def test_the_config_refuses_what_gptq_cannot_do():
     for change, message in (
         ({"gptq_damping": 0.0}, "gptq_damping must lie between 0 and 1, got 0.0"),
         ({"gptq_damping_times": 0}, "gptq_damping_times must be at least 1, got 0"),
-        ({"gptq_reserve_seconds": 600.0}, "gptq_reserve_seconds must leave some of max_seconds 600 for training, got 600"),
+        (
+            {"gptq_reserve_seconds": 600.0},
+            "must leave some of max_seconds 600 for training, got 600",
+        ),
         ({"calibration": "val"}, "calibration must be one of .'generated', 'train'., got 'val'"),
         ({"calibration_batches": 0}, "calibration_batches must be at least 1"),
         ({"target_bytes": -1}, "target_bytes must be at least 0"),

@@ -145,7 +145,9 @@ def test_packing_to_a_target(compressor, tmp_path):
     assert target - 300 <= report.total_bytes <= target
     assert report.total_bytes == path.stat().st_size + pack.code_bytes()
     assert report.pruned.bytes_after == report.total_bytes
-    assert report.pruned.bytes_before == pytest.approx(whole.total_bytes, abs=100)  # its header names another target
+    assert report.pruned.bytes_before == pytest.approx(
+        whole.total_bytes, rel=0.002
+    )  # another header: LZMA aligns to it
     stored, before = pack.read_content(path).tensors, quantise_state(config, weights)
     gone = {n: before[n].values != stored[n].values for n in weights}
     assert not gone["tok_emb.weight"].any()

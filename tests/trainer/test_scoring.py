@@ -1,89 +1,26 @@
 """Scoring: every target once, with the published numbers, whatever the batches; SLOT sees no target that it scores."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from numerics import DEVICES
+from scoring_samples import SYSTEMS, load, trained_model, validation_text
 
 from pgolf.config import Config
 from pgolf.data.byte_counts import ByteCounts
-from pgolf.data.tokenizer import Tokenizer
-from pgolf.distributed import Ranks
 from pgolf.errors import InputError
-from pgolf.model import GPT
-from pgolf.scoring.slot import PerWindowSlot, context_weights
-from pgolf.scoring.stream import score_stream
+from pgolf.scoring.objective import objective_weights
+from pgolf.scoring.slot import Slot
 from pgolf.scoring.windows import Window, gather_batch, make_windows
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-ONE_RANK = Ranks(0, 1, torch.device("cpu"))
-PR1333 = Config(
-    vocab_size=420,
-    num_layers=4,
-    model_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_mult=2.0,
-    rope_dims=4,
-    rope_train_len=64,
-    qk_gain_init=1.5,
-    xsa_last_n=4,
-    smear_gate=False,
-    skip_gates=True,
-    ve_dim=12,
-    ve_layers=(2, 3),
-    recur_layers=(1, 2),
-    parallel_start_layer=3,
-    train_seq_len=64,
-    train_batch_tokens=64,
-    eval_seq_len=64,
-    eval_stride=16,
-)
-
 
 @pytest.fixture(scope="module")
-def tokenizer_arrays() -> dict[str, np.ndarray]:
-    return dict(np.load(GOLDEN / "tokenizer.npz"))
-
-
-@pytest.fixture(scope="module")
-def byte_counts(tokenizer_arrays) -> ByteCounts:
-    return ByteCounts.from_tokenizer(Tokenizer(tokenizer_arrays["spm_model_proto"].tobytes()))
+def text() -> tuple[torch.Tensor, ByteCounts]:
+    return validation_text()
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, np.ndarray]:
-    return dict(np.load(GOLDEN / "sliding_pr1333.npz"))
-
-
-def trained_model(arrays, device="cpu", dtype=torch.float64) -> GPT:
-    model = GPT(PR1333)
-    model.load_export({k[2:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("w:")})
-    model.activation_dtype = dtype
-    return model.to(device, dtype).requires_grad_(False)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_sliding_and_plain_scores_are_the_published_ones(published, tokenizer_arrays, byte_counts, device):
-    tokens = torch.from_numpy(tokenizer_arrays["val_tokens"]).long()
-    ranks = Ranks(0, 1, torch.device(device))
-    model = trained_model(published, device)
-    sliding = score_stream(model, tokens, byte_counts, ranks, seq_len=64, stride=16, batch_windows=16)
-    assert (sliding.tokens, sliding.bytes) == (published["token_count"], published["byte_count"])
-    np.testing.assert_allclose(sliding.val_loss, published["sliding_val_loss"], rtol=1e-6)
-    np.testing.assert_allclose(sliding.val_bpb, published["sliding_val_bpb"], rtol=1e-6)
-    plain = score_stream(model, tokens, byte_counts, ranks, seq_len=64, stride=64, batch_windows=5)
-    np.testing.assert_allclose(plain.val_loss, published["eval_val_val_loss"], rtol=1e-6)
-    np.testing.assert_allclose(plain.val_bpb, published["eval_val_val_bpb"], rtol=1e-6)
-
-
-def test_windows_are_the_published_ones(published):
-    windows = make_windows(1472, 64, 16)
-    assert [w.start for w in windows] == published["window_start"].tolist()
-    assert [w.length for w in windows] == published["window_len"].tolist()
-    assert [w.score_from for w in windows] == published["scored_start"].tolist()
+    return load("sliding_pr1333")
 
 
 @pytest.mark.parametrize(("targets", "windows"), [(62_021_632, 969_057), (45_508_608, 711_041)])
@@ -117,15 +54,18 @@ def test_a_batch_holds_inputs_their_successors_and_the_scored_mask():
     assert scored.tolist() == [[True] * 8, [False, False, True, True, False, False, False, False]]
 
 
-SLOTS = [
-    PerWindowSlot("delta", "after", 4, 0.05, 0.0),
-    PerWindowSlot("delta", "before", 4, 0.05, 16.0),
-    PerWindowSlot("bias", "after", 4, 0.1, 16.0),
-    PerWindowSlot("both", "after", 4, 0.05, 0.0),
-]
+CAUSAL = SYSTEMS["pr1333"].replace(slot_steps=4, slot_lr=0.05)
+SLOTS = {
+    "delta": CAUSAL,
+    "delta before the norm, half-life": CAUSAL.replace(slot_norm="before", slot_half_life=16.0),
+    "bias, half-life": CAUSAL.replace(slot_parameters="bias", slot_lr=0.1, slot_half_life=16.0),
+    "both": CAUSAL.replace(slot_parameters="both"),
+    "normalised over the batch": CAUSAL.replace(slot_normalize="batch"),
+    "L-BFGS": CAUSAL.replace(slot_optimizer="lbfgs", slot_steps=1, slot_max_iter=3, slot_lr=1.0),
+}
 
 
-def slot_nll(model, tokens, slot, batch_windows):
+def slot_nll(model, tokens, cfg, batch_windows):
     """nll of every target of the stream, in order, scored in batches of `batch_windows`."""
     windows = make_windows(len(tokens) - 1, 64, 16)
     pieces = []
@@ -133,36 +73,36 @@ def slot_nll(model, tokens, slot, batch_windows):
         batch = windows[i : i + batch_windows]
         x, y, scored = gather_batch(tokens, batch, 64)
         with torch.no_grad():
-            pieces.append(slot(model, x, y, scored, batch))
+            pieces.append(Slot(cfg)(model, x, y, scored, batch))
     return torch.cat(pieces)
 
 
-@pytest.mark.parametrize("slot", SLOTS, ids=str)
-def test_slot_is_strictly_causal_over_the_stream(published, tokenizer_arrays, slot):
+@pytest.mark.parametrize("slot", SLOTS)
+def test_slot_is_strictly_causal_over_the_stream(published, text, slot):
     """Flip one token of the stream: the scores of all targets before it keep their bits; later ones do move."""
-    model = trained_model(published, dtype=torch.float32)
-    tokens = torch.from_numpy(tokenizer_arrays["val_tokens"]).long()[:401]
-    before = slot_nll(model, tokens, slot, 8)
+    model = trained_model("pr1333", published, dtype=torch.float32)
+    tokens = text[0][:401]
+    before = slot_nll(model, tokens, SLOTS[slot], 8)
     for flip in (1, 40, 64, 65, 150, 200, 333, 399, 400):  # first window, its edge, batches, the last target
         changed = tokens.clone()
         changed[flip] = 4 + (changed[flip] + 7) % 400
-        after = slot_nll(model, changed, slot, 8)
+        after = slot_nll(model, changed, SLOTS[slot], 8)
         earlier = flip - 1  # target t is token t + 1
         assert torch.equal(before[:earlier], after[:earlier]), f"token {flip} changed a score before it"
         assert not torch.equal(before[earlier:], after[earlier:])
 
 
-@pytest.mark.parametrize("slot", SLOTS, ids=str)
-def test_slot_fits_change_scores_but_not_those_of_the_first_window(published, tokenizer_arrays, byte_counts, slot):
-    model = trained_model(published, dtype=torch.float32)
-    tokens = torch.from_numpy(tokenizer_arrays["val_tokens"]).long()[:401]
-    frozen = PerWindowSlot(slot.parameters, slot.norm, 0, slot.lr, slot.half_life)
-    plain, fitted = slot_nll(model, tokens, frozen, 8), slot_nll(model, tokens, slot, 8)
+@pytest.mark.parametrize("slot", SLOTS)
+def test_slot_fits_change_scores_but_not_those_of_the_first_window(published, text, slot):
+    model = trained_model("pr1333", published, dtype=torch.float32)
+    tokens = text[0][:401]
+    frozen = SLOTS[slot].replace(slot_steps=0)
+    plain, fitted = slot_nll(model, tokens, frozen, 8), slot_nll(model, tokens, SLOTS[slot], 8)
     assert torch.equal(plain[:64], fitted[:64])
     assert not torch.equal(plain[64:], fitted[64:])
 
 
 def test_context_weights_end_before_the_first_scored_target():
-    weights = context_weights([Window(0, 8, 0), Window(16, 8, 4)], 8, 2.0)
+    weights = objective_weights(Config(slot_half_life=2.0), [Window(0, 8, 0), Window(16, 8, 4)], 8)
     assert weights[0].tolist() == [0.0] * 8
     np.testing.assert_allclose(weights[1], [0.25, 0.5**1.5, 0.5, 0.5**0.5, 0, 0, 0, 0], rtol=1e-6)

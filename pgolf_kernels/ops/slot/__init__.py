@@ -1,7 +1,7 @@
 """Per-window test-time adaptation of a hidden shift and a logit bias (SLOT), and the scores that follow from it."""
 
 from .op import slot_fit, slot_score
-from .optimizers import LBFGS, AdamW
+from .optimizers import LBFGS, AdamW, HypergradientAdamW
 from .problem import SlotFit
 
-__all__ = ["LBFGS", "AdamW", "SlotFit", "slot_fit", "slot_score"]
+__all__ = ["LBFGS", "AdamW", "HypergradientAdamW", "SlotFit", "slot_fit", "slot_score"]

@@ -1,4 +1,4 @@
-"""SLOT in C++ (csrc/slot): hands tensors over as pointers, and drives L-BFGS for all windows in lockstep.
+"""SLOT in C++ (csrc/slot): hands tensors over as pointers, and drives steered optimisers for all windows in lockstep.
 
 The surprise: bfloat16 input is more accurate here than in the reference, which rounds the base logits to bfloat16; the
 kernel keeps them in float32 until it stores tanh(L / c) as float16. `isa` forces an instruction set, for tests.
@@ -48,8 +48,8 @@ def fit(p: Fit, isa: str = "") -> tuple[Tensor, Tensor]:
         shared=p.shared,
     )
     x = p.start
-    if isinstance(p.optimizer, optimizers.LBFGS):
-        return _fit_lbfgs(p, extension.cpu.SlotEvaluator(inputs.problem, objective), x)
+    if isinstance(p.optimizer, optimizers.Steered):
+        return _fit_steered(p, extension.cpu.SlotEvaluator(inputs.problem, objective), x)
     losses = torch.empty(p.steps, len(x))
     extension.cpu.slot_fit_adamw(
         inputs.problem,
@@ -65,7 +65,7 @@ def fit(p: Fit, isa: str = "") -> tuple[Tensor, Tensor]:
     return x, losses
 
 
-def _fit_lbfgs(p: Fit, evaluator, x: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_steered(p: Fit, evaluator, x: Tensor) -> tuple[Tensor, Tensor]:
     """Each round evaluates the trial points of all unfinished groups in one call."""
     active = [g for g, windows in enumerate(p.groups()) if any(p.num_rows[i] for i in windows)]
 
@@ -82,12 +82,12 @@ def _fit_lbfgs(p: Fit, evaluator, x: Tensor) -> tuple[Tensor, Tensor]:
                 parts, gradients = evaluate(active, flat.view(len(active), -1))
                 return sum(parts), gradients.flatten()
 
-            found, history = optimizers.drive(optimizers.lbfgs(p.optimizer, x[active].flatten(), p.steps), joint)
+            found, history = optimizers.drive(optimizers.trials(p.optimizer, x[active].flatten(), p.steps), joint)
             x[active], losses[:, 0] = found.view(len(active), -1), x.new_tensor(history)
         return x, losses
 
     losses = x.new_zeros(p.steps, len(x))
-    runs = {g: optimizers.lbfgs(p.optimizer, x[g].clone(), p.steps) for g in active}
+    runs = {g: optimizers.trials(p.optimizer, x[g].clone(), p.steps) for g in active}
     answers = dict.fromkeys(active)
     while runs:
         trials = {}

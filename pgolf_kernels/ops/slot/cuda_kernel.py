@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from .optimizers import LBFGS
+from .optimizers import LBFGS, AdamW
 from .problem import Fit, Score, address, check_facts, window_stride
 
 # All AdamW steps of a window in one launch, where the form allows it. Off until it has been measured on a GPU against a
@@ -42,6 +42,8 @@ def why_not(p: Fit | Score) -> str | None:
 
 def why_not_fit(p: Fit) -> str | None:
     """None if the CUDA kernels can fit p."""
+    if not isinstance(p.optimizer, AdamW | LBFGS):
+        return f"the CUDA kernels fit with AdamW or LBFGS, got {type(p.optimizer).__name__}"
     if reason := why_not(p):
         return reason
     most = extension.cuda.SLOT_MAX_HISTORY

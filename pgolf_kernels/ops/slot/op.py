@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...dispatch import Impl, always, choose, why_not_triton
 from . import cpu, cuda_kernel, reference
-from .optimizers import LBFGS, AdamW
+from .optimizers import AdamW, Steered
 from .problem import Fit, Score, SlotFit, check_fit, check_score
 
 TRITON_MAX_VOCAB = 8192
@@ -29,8 +29,8 @@ def _why_not_triton(p: Fit | Score) -> str | None:
 
 
 def _why_not_triton_fit(p: Fit) -> str | None:
-    if isinstance(p.optimizer, LBFGS):
-        return "the Triton kernels fit with AdamW only, got LBFGS"
+    if not isinstance(p.optimizer, AdamW):
+        return f"the Triton kernels fit with AdamW only, got {type(p.optimizer).__name__}"
     return _why_not_triton(p)
 
 
@@ -89,7 +89,7 @@ def slot_fit(
     share: Literal["window", "batch"] = "window",
     normalize: Literal["window", "batch"] = "window",
     parameters: Literal["delta", "bias", "both"] = "delta",
-    optimizer: AdamW | LBFGS,
+    optimizer: AdamW | Steered,
     steps: int,
     init: SlotFit | None = None,
     num_rows: Sequence[int] | None = None,
@@ -109,7 +109,7 @@ def slot_fit(
         share: one delta and bias per "window", or one for the whole "batch".
         normalize: divide the loss by the total weight of the "window" or of the "batch"; matters through AdamW's eps.
         parameters: fit "delta", "bias" (added to the logits before the softcap) or "both".
-        optimizer: AdamW(...) or LBFGS(...).
+        optimizer: AdamW(...), HypergradientAdamW(...) or LBFGS(...).
         steps: optimiser steps; for LBFGS calls of up to max_iter iterations each.
         init: a SlotFit to start from (leading dimension 1 or G), e.g. the previous batch's; None for zeros.
         num_rows: for each window, how many targets fit_mask keeps, or more, if the caller knows: then a GPU is asked

@@ -1,7 +1,7 @@
-"""The two optimisers SLOT uses, each on one flat parameter vector: AdamW as a loop, L-BFGS as a generator.
+"""The optimisers SLOT uses, each on one flat parameter vector: AdamW as a loop, the steered ones as generators.
 
-The surprise is the generator: `lbfgs` yields the points it wants evaluated and is sent (loss, gradient), so whoever
-owns the objective decides what to batch. One generator per window gives independent step lengths, one generator over
+The surprise is the generator: it yields the points it wants evaluated and is sent (loss, gradient), so whoever owns the
+objective decides what to batch. One generator per window gives independent step lengths, one generator over
 all windows the joint form of the published systems; the algorithm is the same code.
 
 Both follow torch.optim (2.13): AdamW with decoupled weight decay, LBFGS with line_search_fn="strong_wolfe".
@@ -67,6 +67,32 @@ class LBFGS:
     joint: bool = False
 
 
+@dataclass(frozen=True)
+class HypergradientAdamW:
+    """AdamW whose learning rate follows how far successive gradients agree.
+
+    lr <- clamp(lr + rate <g_k, g_k-1>, lr_min, lr_max) before every step but the first.
+
+    Args:
+        lr: of the first step, which has no gradient before it.
+        rate: per unit of the product; 0 keeps lr.
+        joint: share="window" only: one product and one lr over all windows, as the published system ran it. It couples
+            the windows, so their scores are no longer causal.
+    """
+
+    lr: float = 0.012
+    rate: float = 1e-5
+    lr_min: float = 0.001
+    lr_max: float = 0.024
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-5
+    weight_decay: float = 1e-8
+    joint: bool = False
+
+
+Steered = LBFGS | HypergradientAdamW  # what runs as a generator
+
+
 def adamw(config: AdamW, x: Tensor, steps: int, evaluate: Closure) -> tuple[Tensor, list[Tensor]]:
     """Return x after `steps` steps and the loss before each of them."""
     beta1, beta2 = config.betas
@@ -76,8 +102,35 @@ def adamw(config: AdamW, x: Tensor, steps: int, evaluate: Closure) -> tuple[Tens
         losses.append(loss)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
-        x = x * (1 - lr * config.weight_decay)
-        x = x - lr * (m / (1 - beta1**k)) / ((v / (1 - beta2**k)).sqrt() + config.eps)
+        x = _adamw_step(config, x, m, v, k, lr)
+    return x, losses
+
+
+def _adamw_step(config: AdamW | HypergradientAdamW, x: Tensor, m: Tensor, v: Tensor, k: int, lr: float) -> Tensor:
+    """x after step k = 1, 2, ..., from the moments that already hold its gradient."""
+    beta1, beta2 = config.betas
+    x = x * (1 - lr * config.weight_decay)
+    return x - lr * (m / (1 - beta1**k)) / ((v / (1 - beta2**k)).sqrt() + config.eps)
+
+
+def trials(config: Steered, x: Tensor, steps: int) -> Trials:
+    """The generator of a steered optimiser: yields points, receives (loss, gradient), returns x and losses [steps]."""
+    return (lbfgs if isinstance(config, LBFGS) else hypergradient_adamw)(config, x, steps)
+
+
+def hypergradient_adamw(config: HypergradientAdamW, x: Tensor, steps: int) -> Trials:
+    """Yield the point before each step, receive (loss, gradient); return x and those losses."""
+    beta1, beta2 = config.betas
+    m, v, g_prev, lr, losses = torch.zeros_like(x), torch.zeros_like(x), None, config.lr, []
+    for k in range(1, steps + 1):
+        loss, g = yield x
+        losses.append(loss)
+        if g_prev is not None:
+            lr = min(max(lr + config.rate * float(g.dot(g_prev)), config.lr_min), config.lr_max)
+        g_prev = g.clone()
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        x = _adamw_step(config, x, m, v, k, lr)
     return x, losses
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import require
-from .optimizers import LBFGS, AdamW
+from .optimizers import AdamW, HypergradientAdamW, Steered
 
 
 class SlotFit(NamedTuple):
@@ -23,7 +23,7 @@ class SlotFit(NamedTuple):
 
     delta: Tensor | None  # [G, D] shift of the hidden states; None if not fitted
     bias: Tensor | None  # [G, V] added to the logits before the softcap; None if not fitted
-    loss_per_step: Tensor  # [steps, G] the objective before each step; [steps, 1] for LBFGS(joint=True)
+    loss_per_step: Tensor  # [steps, G] the objective before each step; [steps, 1] for joint=True
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Fit:
     shared: bool  # one row of parameters for all windows
     normalize: str
     parameters: str
-    optimizer: AdamW | LBFGS
+    optimizer: AdamW | Steered
     steps: int
 
     @property
@@ -245,27 +245,30 @@ def _told(op: str, num_rows: Sequence[int] | None, shape: tuple[int, int]) -> li
     return told
 
 
-def _check_optimizer(optimizer: AdamW | LBFGS, share: str) -> None:
+def _check_optimizer(optimizer: AdamW | Steered, share: str) -> None:
     op = "slot_fit"
     require(
-        isinstance(optimizer, AdamW | LBFGS),
+        isinstance(optimizer, AdamW | Steered),
         op,
-        "optimizer must be an AdamW or LBFGS of pgolf_kernels.ops.slot",
+        "optimizer must be an AdamW, HypergradientAdamW or LBFGS of pgolf_kernels.ops.slot",
         type(optimizer).__name__,
     )
     require(math.isfinite(optimizer.lr) and optimizer.lr >= 0, op, "lr must be finite and >= 0", optimizer.lr)
-    if isinstance(optimizer, AdamW):
+    if isinstance(optimizer, AdamW | HypergradientAdamW):
         betas = optimizer.betas
         require(len(betas) == 2 and all(0 <= b < 1 for b in betas), op, "betas must be two numbers in [0, 1)", betas)
         require(optimizer.eps > 0, op, "eps must be > 0", optimizer.eps)
         require(optimizer.weight_decay >= 0, op, "weight_decay must be >= 0", optimizer.weight_decay)
-        return
-    require(optimizer.max_iter >= 1, op, "max_iter must be >= 1", optimizer.max_iter)
-    require(optimizer.history >= 1, op, "history must be >= 1", optimizer.history)
+    else:
+        require(optimizer.max_iter >= 1, op, "max_iter must be >= 1", optimizer.max_iter)
+        require(optimizer.history >= 1, op, "history must be >= 1", optimizer.history)
+    if isinstance(optimizer, HypergradientAdamW):
+        low, high = optimizer.lr_min, optimizer.lr_max
+        require(0 <= low <= high < math.inf, op, "lr_min and lr_max must be finite, 0 <= lr_min <= lr_max", (low, high))
     require(
-        share == "window" or not optimizer.joint,
+        share == "window" or isinstance(optimizer, AdamW) or not optimizer.joint,
         op,
-        "LBFGS(joint=True) needs share='window'",
+        f"{type(optimizer).__name__}(joint=True) needs share='window'",
         repr(share),
         "share='batch' is one problem already",
     )

@@ -120,7 +120,7 @@ def minimize(p: Fit, x: Tensor, evaluate: optimizers.Closure) -> tuple[Tensor, T
     if isinstance(p.optimizer, optimizers.AdamW):
         x, losses = optimizers.adamw(p.optimizer, x, p.steps, evaluate)
         return x, torch.stack(losses) if losses else x.new_zeros(0)
-    x, losses = optimizers.drive(optimizers.lbfgs(p.optimizer, x, p.steps), evaluate)
+    x, losses = optimizers.drive(optimizers.trials(p.optimizer, x, p.steps), evaluate)
     return x, x.new_tensor(losses)
 
 
@@ -128,7 +128,7 @@ def fit(p: Fit) -> tuple[Tensor, Tensor]:
     """Return the parameters [G, P] and the losses [steps, G]; a group without rows keeps its start and loses 0."""
     x = p.start
     losses = x.new_zeros(p.steps, len(x))
-    if isinstance(p.optimizer, optimizers.LBFGS) and p.optimizer.joint:
+    if isinstance(p.optimizer, optimizers.Steered) and p.optimizer.joint:
         losses = losses.new_zeros(p.steps, 1)
         if windows := [i for i, n in enumerate(p.num_rows) if n]:
             found, losses[:, 0] = minimize(p, x[windows].flatten(), Objective(p, windows).joint)

@@ -1,67 +1,131 @@
-"""SLOT, strictly causal: before a window is scored, a small vector is fitted to the part of it that was scored before.
+"""SLOT: before a batch of windows is scored, a small vector is fitted to some of its targets, the model frozen.
 
-Nothing is shared between windows and no scored target enters its own fit: the state that scores targets [s, w) of a
-window comes from its targets [0, s) alone, and the first window, which has no such part, is scored as it is.
-Published variants share the vector over a batch of overlapping windows, which lets targets leak; they are not here.
+One scorer runs every published form; objective.py says which targets a form sees and whether its score is causal. The
+default is strictly causal: nothing is shared between windows and the state that scores targets [s, w) of a window
+comes from its targets [0, s) alone; the first window, which has no such part, is scored as it is.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf_kernels import AdamW, slot_fit, slot_score
+from pgolf_kernels import LBFGS, AdamW, HypergradientAdamW, SlotFit, slot_fit, slot_score
 
 from ..config import Config
 from ..model import GPT
+from .objective import SHARES, objective_weights
+from .stream import BatchScorer
 from .windows import Window
 
 
-@dataclass(frozen=True)
-class PerWindowSlot:
-    """Fits each window on its context. A BatchScorer.
+class Batch(NamedTuple):
+    """What slot_fit and slot_score take: of the batch as it is or, for a bias after the softcap, of gathered rows."""
 
-    Args:
-        parameters: "delta" (added to the hidden state), "bias" (added to the logits) or "both".
-        norm: delta joins "after" or "before" the final norm.
-        steps, lr: of AdamW.
-        half_life: context weight halves with this many tokens of distance to the first scored target; 0: equal weights.
-    """
+    state: Tensor  # [B, T, D]
+    weight: Tensor  # [V, D]
+    targets: Tensor  # [B, T] int64
+    softcap: float | None
 
-    parameters: str
-    norm: str
-    steps: int
-    lr: float
-    half_life: float
 
-    @classmethod
-    def from_config(cls, cfg: Config) -> "PerWindowSlot":
-        return cls(cfg.slot_parameters, cfg.slot_norm, cfg.slot_steps, cfg.slot_lr, cfg.slot_half_life)
+class Slot(BatchScorer):
+    """Fits and scores as the slot_ fields of a config say. `last_fit` is the fit of the newest batch."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.shared = SHARES[cfg.slot_share].shared
+        self.sequential = cfg.slot_warm_start
+        self.last_fit: SlotFit | None = None
+
+    def begin_slice(self) -> None:
+        self.last_fit = None
 
     def __call__(self, model: GPT, x: Tensor, y: Tensor, scored: Tensor, windows: list[Window]) -> Tensor:
-        state = (model.hidden if self.norm == "after" else model.trunk)(x)
-        weight, softcap = model.head_weight(), model.cfg.logit_softcap
-        fit = slot_fit(
-            state,
-            weight,
-            y,
-            context_weights(windows, x.shape[1], self.half_life).to(x.device),
-            softcap=softcap,
-            norm=self.norm,
-            share="window",
-            normalize="window",
-            parameters=self.parameters,
-            optimizer=AdamW(lr=self.lr),
-            steps=self.steps,
+        cfg = self.cfg
+        state = model.trunk(x) if cfg.slot_norm == "before" else model.hidden(x)
+        batch = Batch(state, model.head_weight(), y, model.cfg.logit_softcap)
+        weights = objective_weights(cfg, windows, x.shape[1]).to(x.device)
+        if cfg.slot_parameters != "logits":
+            self.last_fit = self._fit(batch, weights)
+            return self._score(batch, scored)
+        rows = weights > 0
+        self.last_fit = self._fit(_capped_rows(batch, rows), weights[rows][None])
+        wanted = _capped_rows(batch, scored)
+        return self._score(wanted, torch.ones_like(wanted.targets, dtype=torch.bool))
+
+    def _fit(self, batch: Batch, weights: Tensor) -> SlotFit | None:
+        """Each part of slot_restart_steps steps begins with a fresh optimiser; the losses are joined."""
+        cfg = self.cfg
+        fit = self.last_fit if cfg.slot_warm_start else None
+        every, losses = cfg.slot_restart_steps or max(cfg.slot_steps, 1), []
+        for first in range(0, cfg.slot_steps, every):
+            fit = slot_fit(
+                batch.state,
+                batch.weight,
+                batch.targets,
+                weights,
+                softcap=batch.softcap,
+                norm=cfg.slot_norm,
+                share="batch" if self.shared else "window",
+                normalize=cfg.slot_normalize,
+                parameters="bias" if cfg.slot_parameters == "logits" else cfg.slot_parameters,
+                optimizer=make_optimizer(cfg),
+                steps=min(every, cfg.slot_steps - first),
+                init=fit,
+            )
+            losses.append(fit.loss_per_step)
+        if fit is None:
+            return None
+        if bound := cfg.slot_clamp:
+            fit = fit._replace(
+                **{
+                    k: v.clamp(-bound, bound)
+                    for k, v in fit._asdict().items()
+                    if k != "loss_per_step" and v is not None
+                }
+            )
+        return fit._replace(loss_per_step=torch.cat(losses)) if losses else fit
+
+    def _score(self, batch: Batch, rows: Tensor) -> Tensor:
+        return slot_score(
+            batch.state,
+            batch.weight,
+            batch.targets,
+            self.last_fit,
+            softcap=batch.softcap,
+            norm=self.cfg.slot_norm,
+            rows=rows,
         )
-        return slot_score(state, weight, y, fit, softcap=softcap, norm=self.norm, rows=scored)
 
 
-def context_weights(windows: list[Window], seq_len: int, half_life: float) -> Tensor:
-    """[windows, seq_len] float32: weight of each target in the fit, 0 from the first scored target on."""
-    weights = torch.zeros(len(windows), seq_len)
-    for i, w in enumerate(windows):
-        if w.score_from:
-            distance = torch.arange(w.score_from, 0, -1, dtype=torch.float32)  # 1 for the newest context target
-            weights[i, : w.score_from] = 0.5 ** (distance / half_life) if half_life else 1.0
-    return weights
+def _capped_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The rows' capped logits as one window [1, n, V] under an identity head: a bias then joins after the softcap."""
+    hidden = batch.state[rows]
+    hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+    logits = batch.softcap * torch.tanh(F.linear(hidden, batch.weight.to(hidden.dtype)) / batch.softcap)
+    identity = torch.eye(len(batch.weight), dtype=hidden.dtype, device=hidden.device)
+    return Batch(logits[None], identity, batch.targets[rows][None], None)
+
+
+def make_optimizer(cfg: Config) -> AdamW | HypergradientAdamW | LBFGS:
+    """The optimiser that slot_optimizer names, with its fields."""
+    adam = {
+        "lr": cfg.slot_lr,
+        "betas": (cfg.slot_beta1, cfg.slot_beta2),
+        "eps": cfg.slot_eps,
+        "weight_decay": cfg.slot_wd,
+    }
+    if cfg.slot_optimizer == "adamw":
+        return AdamW(**adam, lr_min=cfg.slot_lr_min or None)
+    if cfg.slot_optimizer == "hypergradient":
+        joint = not SHARES[cfg.slot_share].shared
+        bounds = {"lr_min": cfg.slot_lr_min, "lr_max": cfg.slot_lr_max}
+        return HypergradientAdamW(**adam, **bounds, rate=cfg.slot_hyper_rate, joint=joint)
+    return LBFGS(
+        lr=cfg.slot_lr,
+        max_iter=cfg.slot_max_iter,
+        history=cfg.slot_history,
+        max_line_search=cfg.slot_line_search or None,
+        joint=cfg.slot_optimizer == "lbfgs-joint",
+    )
