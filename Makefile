@@ -7,7 +7,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 JOBS   ?= 2
-OTHER_TRITON := 3.6.0 # of machines with torch 2.11: the tests compile every kernel with it too
+# Of machines with torch 2.11: the tests compile every kernel with it too.
+OTHER_TRITON := 3.6.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test bench lint setup clean

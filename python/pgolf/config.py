@@ -118,16 +118,13 @@ class Config:
     compressor: str = "brotli"  # or "lzma"
 
     # Score
-    score_sliding: bool = True  # what python/train_gpt.py scores after packing
-    score_slot: bool = False
-    score_slot_instead: str = ""  # what SLOT makes it skip: "", "sliding" or "all" other scores
     eval_seq_len: int = 2048
     eval_stride: int = 64
     eval_batch_windows: int = 32
     eval_windows: str = "exact"  # every target once; "legacy": windows to the very end; "legacy-full": no short ones
     eval_slices: int = 1  # parts that windows are dealt to before batches are cut: the ranks of a published run
     eval_interleave: bool = False  # window i goes to part i mod eval_slices instead of to a contiguous one
-    eval_stages: str = "plain,sliding"  # what `--method stages` runs, in this order
+    eval_stages: str = "plain,sliding"  # what `--method stages` and train_gpt.py run, in this order
     drop_val_tail: bool = True  # the challenge scores a multiple of eval_seq_len targets; False scores every token
     slot_share: str = "window"  # who shares a fit and which targets it sees: the names of scoring/objective.py
     slot_windows: str = ""  # as eval_windows, for SLOT alone; empty: the same
@@ -309,7 +306,6 @@ CHOICES = {
     "muon_coefficients": {"quintic", "polar_express"},
     "calibration": {"train", "generated"},
     "compressor": {"brotli", "lzma"},
-    "score_slot_instead": {"", "sliding", "all"},
     "eval_windows": {"exact", "legacy", "legacy-full"},
     "slot_windows": {"", "exact", "legacy", "legacy-full"},
     "slot_share": {"window", "window-prefix", "shared-context", "shared-prefix"}

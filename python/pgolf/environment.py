@@ -55,11 +55,26 @@ class Ignored:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """0 takes a part out of the stages that are scored, 1 makes sure it is among them."""
+
+    part: str
+
+    def apply(self, stages: str, on: bool) -> str:
+        """eval_stages with or without the part. A score that was SLOT's alone is then plain sliding's."""
+        names = stages.split(",")
+        if on:
+            return stages if any(self.part in name.split("+") for name in names) else f"{stages},{self.part}"
+        left = ["+".join(part for part in name.split("+") if part != self.part) for name in names]
+        instead = "sliding" if self.part == "slot" and "sliding" not in names else ""
+        return ",".join(filter(None, (name or instead for name in left)))
+
+
+@dataclass(frozen=True)
 class Option:
     """Concerns this machine, not the run: read by `read_environment` itself."""
 
 
-_TTT_DETAIL = Ignored("test-time training is off")
 _GPTQ = Switch("attn_gptq", 1, others=("mlp_gptq",))
 _CTW_DETAIL = Ignored("context tree weighting is off")
 _QAT = Ignored("compiling folded it away in the published runs")
@@ -69,7 +84,7 @@ _UNTIED = Ignored("embedding and head are tied")
 _NORMALISED_AWAY = Ignored("it scales gradients that Muon normalises; the rate in effect is MATRIX_LR")
 _NEVER_READ = Ignored("the originals never used it")
 
-NAMES: dict[str, Field | Switch | Fixed | Same | Ignored | Option] = {
+NAMES: dict[str, Field | Switch | Fixed | Same | Stage | Ignored | Option] = {
     # The machine.
     "DATA_PATH": Option(),
     "DATA_DIR": Option(),
@@ -172,20 +187,20 @@ NAMES: dict[str, Field | Switch | Fixed | Same | Ignored | Option] = {
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": _NEVER_READ,
     # Scores.
     "EVAL_STRIDE": Field("eval_stride"),
-    "SLIDING_WINDOW_ENABLED": Field("score_sliding"),
-    "SLOT_ENABLED": Field("score_slot"),
+    "SLIDING_WINDOW_ENABLED": Stage("sliding"),
+    "SLOT_ENABLED": Stage("slot"),
     "SLOT_STEPS": Field("slot_steps"),
     "SLOT_LR": Field("slot_lr"),
     "SLOT_LR_MIN": Ignored("the original read it and kept the rate constant"),
     "SLOT_BATCH_SEQS": Field("eval_batch_windows"),
-    "TTT_ENABLED": Fixed(0, "test-time training of the weights"),
-    "TTT_LR": _TTT_DETAIL,
-    "TTT_EPOCHS": _TTT_DETAIL,
-    "TTT_CHUNK_TOKENS": _TTT_DETAIL,
-    "TTT_FREEZE_BLOCKS": _TTT_DETAIL,
-    "TTT_MOMENTUM": _TTT_DETAIL,
-    "TTT_BATCH_SEQS": _TTT_DETAIL,
-    "TTT_GRAD_CLIP": _TTT_DETAIL,
+    "TTT_ENABLED": Stage("ttt"),
+    "TTT_LR": Field("ttt_lr"),
+    "TTT_EPOCHS": Field("ttt_epochs"),
+    "TTT_CHUNK_TOKENS": Field("ttt_chunk_tokens"),
+    "TTT_FREEZE_BLOCKS": Field("ttt_freeze_blocks"),
+    "TTT_MOMENTUM": Field("ttt_momentum"),
+    "TTT_BATCH_SEQS": Field("ttt_batch_seqs"),
+    "TTT_GRAD_CLIP": Field("ttt_grad_clip"),
     "CTW_WEIGHT": Fixed(0, "mixing with context trees"),
     "CTW_DEPTH": _CTW_DETAIL,
     "CTW_ENTROPY_THRESHOLD": _CTW_DETAIL,
@@ -221,6 +236,11 @@ def read_environment(environ: Mapping[str, str], preset_name: str) -> Request:
         _refuse_lookalike(name)
     present = {name: rule for name, rule in NAMES.items() if name in environ}
     notes = [f"{n}={environ[n]} has no effect: {r.why}" for n, r in present.items() if isinstance(r, Ignored)]
+    if "SLOT_LR" in present and config.slot_optimizer.startswith("lbfgs"):
+        del present["SLOT_LR"]
+        notes.append(
+            f"SLOT_LR={environ['SLOT_LR']} has no effect: the original read it and gave its L-BFGS {config.slot_lr:g}"
+        )
     changes, sources = {}, {}
     for name, rule in present.items():
         label, text = f"environment: {name}", environ[name]
@@ -232,6 +252,10 @@ def read_environment(environ: Mapping[str, str], preset_name: str) -> Request:
             if changes.setdefault(rule.name, value) != value:
                 raise InputError(f"{label} must agree with {sources[rule.name]}: both set {rule.name}")
             sources[rule.name] = name
+    for name, rule in present.items():
+        if isinstance(rule, Stage):
+            on = parse_value(f"environment: {name}", bool, environ[name])
+            changes["eval_stages"] = rule.apply(changes.get("eval_stages", config.eval_stages), on)
     for name, rule in present.items():
         if isinstance(rule, Switch):  # after the fields: off is off, whatever its details say
             on = parse_value(f"environment: {name}", bool, environ[name])

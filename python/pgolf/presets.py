@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .config import Config, nearest
 from .errors import InputError
+from .scoring.published import PUBLISHED as SCORING
 
 # What the four systems have in common.
 _PUBLISHED = Config(
@@ -36,9 +37,6 @@ _PUBLISHED = Config(
     log_every=500,
     val_every=4000,
     eval_seq_len=2048,
-    eval_stride=64,
-    eval_batch_windows=32,
-    score_slot=True,
 )
 
 PRESETS: dict[str, Config] = {
@@ -56,9 +54,7 @@ PRESETS: dict[str, Config] = {
         mlp_gptq=True,
         gptq_damping_times=2,
         gptq_reserve_seconds=9.0,
-        score_slot_instead="sliding",
-        slot_steps=8,
-        slot_lr=0.005,
+        **SCORING["pr1217"],
     ),
     "pr1128": _PUBLISHED.replace(
         preset="pr1128",
@@ -69,8 +65,7 @@ PRESETS: dict[str, Config] = {
         grad_clip_per_rank=True,
         max_steps=9000,
         compressor="lzma",
-        slot_steps=5,
-        slot_lr=0.003,
+        **SCORING["pr1128"],
     ),
     "pr1333": _PUBLISHED.replace(
         preset="pr1333",
@@ -98,9 +93,7 @@ PRESETS: dict[str, Config] = {
         mlp_gptq=True,
         gptq_reserve_seconds=10.0,
         target_bytes=16_000_000,
-        slot_norm="before",
-        slot_steps=16,
-        slot_lr=0.008,
+        **SCORING["pr1333"],
     ),
     "pr675": _PUBLISHED.replace(
         preset="pr675",
@@ -113,11 +106,7 @@ PRESETS: dict[str, Config] = {
         train_shards=10,
         muon_projections=True,
         compressor="lzma",
-        eval_stride=96,
-        score_slot_instead="all",
-        slot_parameters="both",
-        slot_steps=8,
-        slot_lr=0.012,
+        **SCORING["pr675"],
     ),
     # Minutes on two CPU cores: small and in many small steps, because a few million tokens are all there is time for.
     "demo": Config(

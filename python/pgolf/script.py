@@ -19,8 +19,15 @@ from .presets import PRESETS
 from .progress import meter
 
 DEFAULT_PRESET = "pr1217"
-# The originals' names of the three scores.
-LABELS = {"plain": "final_int6_roundtrip", "sliding": "final_int6_sliding_window", "slot": "final_int6_slot"}
+# The originals' names of the scores.
+LABELS = {
+    "plain": "final_int6_roundtrip",
+    "sliding": "final_int6_sliding_window",
+    "slot": "final_int6_slot",
+    "ttt": "legal_ttt",
+    "slot+ttt": "legal_ttt_slot",
+    "ctw": "final_int6_ctw",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,25 +72,20 @@ def run_stages(request: Request, device: str = "auto", root: Path = Path("runs")
         _say(f"Serialized model int6+{cfg.compressor}: {report.artifact_bytes} bytes")
         verdict = "" if report.headroom_bytes >= 0 else f" (over the limit of {LIMIT_BYTES} bytes)"
         _say(f"Total submission size int6+{cfg.compressor}: {report.total_bytes} bytes{verdict}")
-    for method in methods(cfg):  # joining the job again, the others wait here for rank 0's file
+    for method in cfg.eval_stages.split(","):  # joining the job again, the others wait here for rank 0's file
         with meter(f"scoring ({method})", enabled=is_main_rank()) as on_progress:
             result = evaluate(
-                artifact, request.data, method, device=device, tokenizer=request.tokenizer, on_progress=on_progress
+                artifact,
+                request.data,
+                method,
+                allow_leaky=True,  # these commands ask for what was published; the lines below say what is INVALID
+                device=device,
+                tokenizer=request.tokenizer,
+                on_progress=on_progress,
             )
         for line in score_lines(cfg, method, result):
             _say(line)
     return run_dir
-
-
-def methods(cfg: Config) -> list[str]:
-    """What is scored after packing, in the published order.
-
-    "slot" is `evaluate`'s method of that name, which the slot_* fields describe: the one place where SLOT is chosen.
-    """
-    if cfg.score_slot and cfg.score_slot_instead == "all":
-        return ["slot"]
-    sliding = cfg.score_sliding and not (cfg.score_slot and cfg.score_slot_instead == "sliding")
-    return ["plain"] + ["sliding"] * sliding + ["slot"] * cfg.score_slot
 
 
 def free_directory(root: Path, cfg: Config) -> Path:
@@ -120,13 +122,14 @@ def log_lines(cfg: Config) -> Callable[[str, dict], None]:
 def score_lines(cfg: Config, method: str, result: dict) -> list[str]:
     """A score rounded, with its time, and again with eight digits."""
     label, ms = LABELS[method], 1e3 * result["seconds"]
-    stride = "" if method == "plain" else f" stride:{cfg.eval_stride}"
-    slot = (
-        "" if method != "slot" else f" steps:{cfg.slot_steps} lr:{cfg.slot_lr:g} causal:{str(result['causal']).lower()}"
-    )
+    detail = "" if method == "plain" else f" stride:{cfg.eval_stride}"
+    detail += f" steps:{cfg.slot_steps} lr:{cfg.slot_lr:g}" if "slot" in method else ""
+    invalid = "" if result["causal"] else f" {result['standing']}"
+    values = f"val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}"
+    exactly = f"val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}"
     return [
-        f"{label} val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}{stride}{slot} eval_time:{ms:.0f}ms",
-        f"{label}_exact val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}",
+        f"{label} {values}{detail} causal:{str(result['causal']).lower()} eval_time:{ms:.0f}ms{invalid}",
+        f"{label}_exact {exactly}{invalid}",
     ]
 
 

@@ -17,6 +17,7 @@ from pgolf.cli import main
 from pgolf.config import Config
 from pgolf.data.dataset import Dataset
 from pgolf.distributed import Ranks
+from pgolf.environment import read_environment
 from pgolf.errors import InputError
 from pgolf.model import GPT, rotary_table
 from pgolf.optimise.averaging import WeightAverage
@@ -24,7 +25,7 @@ from pgolf.optimise.gradients import GradientBuffer
 from pgolf.optimise.groups import Optimisers
 from pgolf.optimise.schedule import lr_multiplier, muon_momentum
 from pgolf.presets import FACTS, PRESETS, preset
-from pgolf.script import methods
+from pgolf.scoring.published import PUBLISHED as SCORING
 from pgolf.train import Trainer
 
 PUBLISHED = {"pr1217": 27_041_372, "pr1128": 26_928_220, "pr1333": 34_401_372, "pr675": 26_862_694}
@@ -187,17 +188,27 @@ def test_weights_start_and_tables_stay_in_bfloat16():
 @pytest.mark.parametrize(
     ("name", "settings", "stages"),
     [
-        ("pr1217", {}, ["plain", "slot"]),
-        ("pr1217", {"score_slot": False}, ["plain", "sliding"]),
-        ("pr1128", {}, ["plain", "sliding", "slot"]),
-        ("pr1333", {}, ["plain", "sliding", "slot"]),
-        ("pr1333", {"score_sliding": False}, ["plain", "slot"]),
-        ("pr675", {}, ["slot"]),
-        ("pr675", {"score_slot": False}, ["plain", "sliding"]),
+        ("pr1217", {}, "plain,slot,ttt"),
+        ("pr1217", {"SLOT_ENABLED": "0", "TTT_ENABLED": "0"}, "plain,sliding"),
+        ("pr1217", {"TTT_ENABLED": "0"}, "plain,slot"),
+        ("pr1128", {}, "plain,sliding,slot+ttt"),
+        ("pr1128", {"SLOT_ENABLED": "0"}, "plain,sliding,ttt"),
+        ("pr1128", {"TTT_ENABLED": "0", "SLOT_ENABLED": "1"}, "plain,sliding,slot"),
+        ("pr1333", {}, "plain,sliding,slot"),
+        ("pr1333", {"SLIDING_WINDOW_ENABLED": "0"}, "plain,slot"),
+        ("pr1333", {"TTT_ENABLED": "1"}, "plain,sliding,slot,ttt"),
+        ("pr675", {}, "slot"),
+        ("pr675", {"SLOT_ENABLED": "0"}, "sliding"),
     ],
 )
 def test_stages_after_training_are_the_published_ones(name, settings, stages):
-    assert methods(preset(name).replace(**settings)) == stages
+    assert read_environment(settings, name).config.eval_stages == stages
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_scoring_is_the_published_one(name):
+    cfg = preset(name)
+    assert {field: getattr(cfg, field) for field in SCORING[name]} == SCORING[name]
 
 
 def test_presets_as_json_and_as_a_table(capsys):
@@ -275,7 +286,6 @@ def test_a_preset_takes_its_first_shards(dataset_dir):
     [
         ({"max_seconds": 10.0}, "gptq_reserve_seconds must leave some of max_seconds 10 for training, got 10"),
         ({"recur_start_step": -1}, "recur_start_step must not be negative, got -1"),
-        ({"score_slot_instead": "plain"}, "score_slot_instead must be one of"),
     ],
 )
 def test_impossible_changes_are_refused(changes, message):
