@@ -45,16 +45,19 @@ class Slot(BatchScorer):
         cfg = self.cfg
         state = model.trunk(x) if cfg.slot_norm == "before" else model.hidden(x)
         batch = Batch(state, model.head_weight(), y, model.cfg.logit_softcap)
-        weights = objective_weights(cfg, windows, x.shape[1]).to(x.device)
+        weights = objective_weights(cfg, windows, x.shape[1])
         if cfg.slot_parameters != "logits":
-            self.last_fit = self._fit(batch, weights)
-            return self._score(batch, scored)
+            # Counted here, where the windows are known, so that a GPU need not be asked and waited for.
+            fitted, wanted = (weights > 0).sum(1).tolist(), [w.length - w.score_from for w in windows]
+            self.last_fit = self._fit(batch, weights.to(x.device, non_blocking=True), fitted)
+            return self._score(batch, scored, wanted)
+        weights = weights.to(x.device)
         rows = weights > 0
         self.last_fit = self._fit(_capped_rows(batch, rows), weights[rows][None])
         wanted = _capped_rows(batch, scored)
         return self._score(wanted, torch.ones_like(wanted.targets, dtype=torch.bool))
 
-    def _fit(self, batch: Batch, weights: Tensor) -> SlotFit | None:
+    def _fit(self, batch: Batch, weights: Tensor, num_rows: list[int] | None = None) -> SlotFit | None:
         """Each part of slot_restart_steps steps begins with a fresh optimiser; the losses are joined."""
         cfg = self.cfg
         fit = self.last_fit if cfg.slot_warm_start else None
@@ -73,6 +76,7 @@ class Slot(BatchScorer):
                 optimizer=make_optimizer(cfg),
                 steps=min(every, cfg.slot_steps - first),
                 init=fit,
+                num_rows=num_rows,
             )
             losses.append(fit.loss_per_step)
         if fit is None:
@@ -87,7 +91,7 @@ class Slot(BatchScorer):
             )
         return fit._replace(loss_per_step=torch.cat(losses)) if losses else fit
 
-    def _score(self, batch: Batch, rows: Tensor) -> Tensor:
+    def _score(self, batch: Batch, rows: Tensor, num_rows: list[int] | None = None) -> Tensor:
         return slot_score(
             batch.state,
             batch.weight,
@@ -96,6 +100,7 @@ class Slot(BatchScorer):
             softcap=batch.softcap,
             norm=self.cfg.slot_norm,
             rows=rows,
+            num_rows=num_rows,
         )
 
 
