@@ -12,6 +12,7 @@ import types
 import typing
 from dataclasses import dataclass
 
+from .config_rules import check
 from .errors import InputError
 
 
@@ -188,62 +189,7 @@ class Config:
         return self.attn_gptq or self.mlp_gptq or self.embed_gptq
 
     def __post_init__(self) -> None:
-        def must(condition: bool, text: str) -> None:
-            if not condition:
-                raise InputError(f"config: {text}")
-
-        for name in AT_LEAST_ONE:
-            must(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("attn_bits", "mlp_bits", "embed_bits"):
-            must(5 <= getattr(self, name) <= 8, f"{name} must lie in 5..8, got {getattr(self, name)}")
-        for name in ("int6_clip", "mlp_clip", "embed_clip"):
-            text = getattr(self, name) or (self.int6_clip if name == "mlp_clip" else "")
-            try:
-                clip_value(text)
-            except InputError as error:
-                raise InputError(f"config: {name} {error}") from None
-        must(0 < self.gptq_damping < 1, f"gptq_damping must lie between 0 and 1, got {self.gptq_damping}")
-        must(self.target_bytes >= 0, f"target_bytes must be at least 0 (off), got {self.target_bytes}")
-        must(self.bigram_vocab_size != 1, "bigram_vocab_size must be 0 (none) or at least 2, got 1")
-        must(
-            self.model_dim % self.num_heads == 0,
-            f"model_dim {self.model_dim} must be a multiple of num_heads {self.num_heads}",
-        )
-        must(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}",
-        )
-        must(
-            self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
-            f"rope_dims must be even and at most the head dimension {self.head_dim}, got {self.rope_dims}",
-        )
-        must(
-            self.train_batch_tokens % self.train_seq_len == 0,
-            f"train_batch_tokens {self.train_batch_tokens} must be a multiple of train_seq_len {self.train_seq_len}",
-        )
-        must(
-            0 < self.eval_stride <= self.eval_seq_len,
-            f"eval_stride must lie in 1..eval_seq_len {self.eval_seq_len}, got {self.eval_stride}",
-        )
-        must(self.vocab_size <= 65536, f"vocab_size must be at most 65536 (shards store uint16), got {self.vocab_size}")
-        must(
-            self.max_seconds == 0 or 0 <= self.gptq_reserve_seconds < self.max_seconds,
-            f"gptq_reserve_seconds must leave some of max_seconds {self.max_seconds:g} for training, "
-            f"got {self.gptq_reserve_seconds:g}",
-        )
-        for name in ("recur_start_step", "train_shards", "rope_train_len"):
-            must(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        check_scoring(self, must)
-        for name in ("ve_layers", "recur_layers"):
-            layers = getattr(self, name)
-            must(
-                all(0 <= i < self.num_layers for i in layers),
-                f"{name} must name layers below {self.num_layers}, got {layers}",
-            )
-        for name, allowed in CHOICES.items():
-            must(
-                getattr(self, name) in allowed, f"{name} must be one of {sorted(allowed)}, got {getattr(self, name)!r}"
-            )
+        check(self)
 
     def replace(self, **changes: object) -> "Config":
         """A copy with some fields changed; refuses unknown names with the nearest one."""
@@ -277,102 +223,6 @@ class Config:
 
 
 FIELDS: dict[str, type | types.GenericAlias] = typing.get_type_hints(Config)
-AT_LEAST_ONE = (
-    "vocab_size",
-    "num_layers",
-    "model_dim",
-    "num_heads",
-    "num_kv_heads",
-    "train_seq_len",
-    "train_batch_tokens",
-    "max_steps",
-    "micro_batch_tokens",
-    "log_every",
-    "gptq_damping_times",
-    "calibration_batches",
-    "calibration_batch_tokens",
-    "eval_seq_len",
-    "eval_batch_windows",
-    "eval_slices",
-    "slot_max_iter",
-    "slot_history",
-    "ttt_batch_seqs",
-)
-CLIPS = ("search", "max", "quantile")
-CHOICES = {
-    "loader": {"coprime", "sequential"},
-    "compile": {"auto", "on", "off"},
-    "dtype": {"auto", "bfloat16", "float32"},
-    "muon_coefficients": {"quintic", "polar_express"},
-    "calibration": {"train", "generated"},
-    "compressor": {"brotli", "lzma"},
-    "eval_windows": {"exact", "legacy", "legacy-full"},
-    "slot_windows": {"", "exact", "legacy", "legacy-full"},
-    "slot_share": {"window", "window-prefix", "shared-context", "shared-prefix"}
-    | {"shared-all", "shared-all-but-last", "scored"},
-    "slot_parameters": {"delta", "bias", "both", "logits", "temperature"},
-    "slot_norm": {"after", "before"},
-    "slot_optimizer": {"adamw", "hypergradient", "lbfgs", "lbfgs-joint"},
-    "slot_normalize": {"window", "batch"},
-}
-
-
-def clip_value(text: str) -> str | float:
-    """What a clip of the config means: one of CLIPS, or a number of standard deviations."""
-    if text in CLIPS:
-        return text
-    try:
-        deviations = float(text)
-    except ValueError:
-        deviations = math.nan
-    if not (math.isfinite(deviations) and deviations > 0):
-        raise InputError(f"must be one of {', '.join(CLIPS)} or a positive number of standard deviations, got {text!r}")
-    return deviations
-
-
-def check_scoring(cfg: Config, must: typing.Callable[[bool, str], None]) -> None:
-    """The rules between fields that concern scoring."""
-    shared = cfg.slot_share.startswith("shared-")
-    for name in (
-        "slot_buckets",
-        "ctw_depth",
-        "slot_steps",
-        "slot_restart_steps",
-        "slot_line_search",
-        "slot_focal_tokens",
-        "slot_half_life",
-    ):
-        must(getattr(cfg, name) >= 0, f"{name} must be at least 0, got {getattr(cfg, name)}")
-    must(
-        shared or cfg.slot_parameters != "logits",
-        f"slot_parameters 'logits' needs a slot_share that is shared, got {cfg.slot_share!r}",
-    )
-    must(
-        cfg.slot_parameters != "logits" or cfg.slot_norm == "after",
-        "slot_parameters 'logits' joins behind the norm: slot_norm must be 'after', got 'before'",
-    )
-    plain = cfg.slot_optimizer == "adamw" and not (cfg.slot_warm_start or cfg.slot_clamp or cfg.slot_restart_steps)
-    must(
-        plain or not cfg.slot_buckets and cfg.slot_parameters != "temperature",
-        "slot_buckets and slot_parameters 'temperature' know no slot_optimizer, slot_warm_start, slot_clamp and "
-        "slot_restart_steps; leave those at their defaults",
-    )
-    must(
-        not cfg.slot_buckets or cfg.slot_parameters == "delta",
-        f"slot_buckets stand beside a delta: slot_parameters must be 'delta', got {cfg.slot_parameters!r}",
-    )
-    must(0 <= cfg.ctw_weight <= 1, f"ctw_weight must lie in 0..1, got {cfg.ctw_weight}")
-    must(shared or not cfg.slot_warm_start, f"slot_warm_start needs a shared slot_share, got {cfg.slot_share!r}")
-    must(
-        not shared or cfg.slot_optimizer != "lbfgs-joint",
-        f"slot_optimizer 'lbfgs-joint' joins fits per window, but slot_share is {cfg.slot_share!r}; use 'lbfgs'",
-    )
-    must(cfg.ttt_epochs >= 0, f"ttt_epochs must be at least 0, got {cfg.ttt_epochs}")
-    must(
-        0 <= cfg.ttt_freeze_blocks <= cfg.num_layers,
-        f"ttt_freeze_blocks must lie in 0..num_layers {cfg.num_layers}, got {cfg.ttt_freeze_blocks}",
-    )
-    must(cfg.ttt_chunk_tokens >= 1, f"ttt_chunk_tokens must be at least 1, got {cfg.ttt_chunk_tokens}")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

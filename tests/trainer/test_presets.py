@@ -285,7 +285,9 @@ def test_a_preset_takes_its_first_shards(dataset_dir):
     ("changes", "message"),
     [
         ({"max_seconds": 10.0}, "gptq_reserve_seconds must leave some of max_seconds 10 for training, got 10"),
-        ({"recur_start_step": -1}, "recur_start_step must not be negative, got -1"),
+        ({"recur_start_step": -1}, "recur_start_step must be at least 0, got -1"),
+        ({"recur_layers": (4, 11)}, r"recur_layers must name layers below 11, got \(4, 11\)"),
+        ({"parallel_start_layer": 11}, "parallel_start_layer must name a layer below num_layers 11, got 11"),
     ],
 )
 def test_impossible_changes_are_refused(changes, message):

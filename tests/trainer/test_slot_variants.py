@@ -12,7 +12,8 @@ import pytest
 import torch
 from scoring_samples import SLOT_SYSTEMS, FixedStates, load
 
-from pgolf.config import CHOICES, Config
+from pgolf.config import Config
+from pgolf.config_rules import CHOICES
 from pgolf.data.byte_counts import ByteCounts
 from pgolf.errors import InputError
 from pgolf.scoring import slot as slot_module

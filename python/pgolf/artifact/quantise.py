@@ -17,7 +17,8 @@ from torch import Tensor
 from pgolf_kernels.ops.int6_linear import reference
 from pgolf_kernels.ops.int6_linear.reference import SMALLEST_SCALE, row_quantiles
 
-from ..config import Config, clip_value
+from ..config import Config
+from ..config_rules import clip_value
 from ..errors import InputError
 from . import gptq
 
