@@ -78,7 +78,12 @@ class Config:
     adam_eps: float = 1e-8
     grad_clip_norm: float = 0.3  # 0: no clipping
     grad_clip_per_rank: bool = False  # clip each rank's gradient before the mean over ranks, not the mean
+    average: str = "ema"  # of the weights, which is exported: "ema", "swa", "lawa" or "none", see optimise/averaging.py
     ema_decay: float = 0.997  # 0: no averaging
+    swa_start: float = 0.2  # snapshots from the learning-rate multiplier below this on,
+    swa_every: int = 50  # every so many steps
+    lawa_every: int = 100  # snapshots every so many steps,
+    lawa_k: int = 10  # of which the last so many count
 
     # Schedule. With max_seconds the warmdown follows the clock, without it the step count.
     max_steps: int = 20000
@@ -183,6 +188,11 @@ class Config:
     def recurs_after(self, steps: int) -> bool:
         """Whether a model trained for `steps` steps does: as its last step did."""
         return self.recurs_at(max(steps - 1, 0))
+
+    @property
+    def averages(self) -> bool:
+        """Whether other weights than the last ones are exported."""
+        return self.average != "none" and (self.average != "ema" or self.ema_decay > 0)
 
     @property
     def uses_gptq(self) -> bool:

@@ -19,6 +19,9 @@ AT_LEAST_ONE = (
     "max_steps",
     "micro_batch_tokens",
     "log_every",
+    "swa_every",
+    "lawa_every",
+    "lawa_k",
     "gptq_damping_times",
     "calibration_batches",
     "calibration_batch_tokens",
@@ -49,6 +52,7 @@ CHOICES = {
     "loader": {"coprime", "sequential"},
     "compile": {"auto", "on", "off"},
     "dtype": {"auto", "bfloat16", "float32"},
+    "average": {"ema", "swa", "lawa", "none"},
     "muon_coefficients": {"quintic", "polar_express"},
     "calibration": {"train", "generated"},
     "compressor": {"brotli", "lzma"},
@@ -114,6 +118,7 @@ def _check_training(cfg: "Config") -> None:
         cfg.train_batch_tokens % cfg.train_seq_len == 0,
         f"train_batch_tokens {cfg.train_batch_tokens} must be a multiple of train_seq_len {cfg.train_seq_len}",
     )
+    _must(0 <= cfg.ema_decay < 1, f"ema_decay must lie in 0..1, below 1, got {cfg.ema_decay}")
     _must(
         cfg.max_seconds == 0 or 0 <= cfg.gptq_reserve_seconds < cfg.max_seconds,
         f"gptq_reserve_seconds must leave some of max_seconds {cfg.max_seconds:g} for training, "

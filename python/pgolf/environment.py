@@ -5,7 +5,7 @@ answered with one line. A name that looks like one of these but is none is refus
 ten minutes with the default costs a run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,24 @@ class Switch:
     name: str
     on: int
     others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """1 sets a field to `value`, 0 asks for anything else."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Detail:
+    """Sets a field, where the field `of` is `value`; elsewhere it is answered with `why` it changes nothing."""
+
+    name: str
+    of: str
+    value: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -78,13 +96,13 @@ class Option:
 _GPTQ = Switch("attn_gptq", 1, others=("mlp_gptq",))
 _CTW_DETAIL = Ignored("context tree weighting is off")
 _QAT = Ignored("compiling folded it away in the published runs")
-_SWA = Ignored("the originals collected these weights and never used them; ema_decay is what is exported")
-_LAWA_DETAIL = Ignored("averaging of late snapshots is off")
+_SWA = "the originals collected these weights and exported the EMA all the same; --average swa exports them"
+_NO_LAWA = "averaging of late snapshots is off; LAWA_ENABLED=1 turns it on"
 _UNTIED = Ignored("embedding and head are tied")
 _NORMALISED_AWAY = Ignored("it scales gradients that Muon normalises; the rate in effect is MATRIX_LR")
 _NEVER_READ = Ignored("the originals never used it")
 
-NAMES: dict[str, Field | Switch | Fixed | Same | Stage | Ignored | Option] = {
+NAMES: dict[str, Field | Switch | Choice | Detail | Fixed | Same | Stage | Ignored | Option] = {
     # The machine.
     "DATA_PATH": Option(),
     "DATA_DIR": Option(),
@@ -164,11 +182,11 @@ NAMES: dict[str, Field | Switch | Fixed | Same | Stage | Ignored | Option] = {
     # Averages and quantisation while training.
     "EMA_ENABLED": Ignored("the originals never read it; EMA_DECAY=0 turns averaging off"),
     "EMA_DECAY": Field("ema_decay"),
-    "SWA_ENABLED": _SWA,
-    "SWA_EVERY": _SWA,
-    "LAWA_ENABLED": Fixed(0, "averaging of late snapshots"),
-    "LAWA_K": _LAWA_DETAIL,
-    "LAWA_FREQ": _LAWA_DETAIL,
+    "SWA_ENABLED": Ignored(_SWA),
+    "SWA_EVERY": Detail("swa_every", of="average", value="swa", why=_SWA),
+    "LAWA_ENABLED": Choice("average", "lawa"),
+    "LAWA_K": Detail("lawa_k", of="average", value="lawa", why=_NO_LAWA),
+    "LAWA_FREQ": Detail("lawa_every", of="average", value="lawa", why=_NO_LAWA),
     "QAT_ENABLED": Fixed(0, "quantisation while training"),
     "LATE_QAT": _NEVER_READ,
     "LATE_QAT_THRESHOLD": _QAT,
@@ -224,14 +242,17 @@ class Request:
     notes: tuple[str, ...]
 
 
-def read_environment(environ: Mapping[str, str], preset_name: str) -> Request:
+def read_environment(environ: Mapping[str, str], preset_name: str, settings: Sequence[str] = ()) -> Request:
     """The preset with the environment's values in place of its own.
 
+    Args:
+        settings: `field=value`, for what the originals have no name for.
+
     Raises:
-        InputError: a value that is malformed, out of range or not to be had here, two names that disagree, a name that
-            resembles a known one, or an unknown preset.
+        InputError: a value that is malformed, out of range or not to be had here, two names, or a name and a setting,
+            that disagree, a name that resembles a known one, or an unknown preset.
     """
-    config = preset(preset_name)
+    config = preset(preset_name).with_settings(settings)
     for name in environ:
         _refuse_lookalike(name)
     present = {name: rule for name, rule in NAMES.items() if name in environ}
@@ -241,17 +262,33 @@ def read_environment(environ: Mapping[str, str], preset_name: str) -> Request:
         notes.append(
             f"SLOT_LR={environ['SLOT_LR']} has no effect: the original read it and gave its L-BFGS {config.slot_lr:g}"
         )
-    changes, sources = {}, {}
+    set_fields = [setting.partition("=")[0] for setting in settings]
+    changes = {field: getattr(config, field) for field in set_fields}
+    sources = dict.fromkeys(set_fields, "the command line")
+
+    def assign(field: str, value: object, name: str) -> None:
+        if changes.setdefault(field, value) != value:
+            raise InputError(f"environment: {name} must agree with {sources[field]}: both set {field}")
+        sources[field] = name
+
     for name, rule in present.items():
         label, text = f"environment: {name}", environ[name]
         if isinstance(rule, Fixed) and parse_value(label, float, text) != rule.value:
             raise InputError(f"{label} must be {rule.value:g}, got {text!r}: {rule.what}: not part of this program")
         if isinstance(rule, Field):
             value = parse_value(label, FIELDS[rule.name], text)
-            value = value if rule.scale == 1.0 else value * rule.scale
-            if changes.setdefault(rule.name, value) != value:
-                raise InputError(f"{label} must agree with {sources[rule.name]}: both set {rule.name}")
-            sources[rule.name] = name
+            assign(rule.name, value if rule.scale == 1.0 else value * rule.scale, name)
+        if isinstance(rule, Choice):
+            if parse_value(label, bool, text):
+                assign(rule.name, rule.value, name)
+            elif getattr(config, rule.name) == rule.value:
+                raise InputError(f"{label} must be 1 with {rule.name}={rule.value}, got {text!r}")
+    for name, rule in present.items():
+        if isinstance(rule, Detail):
+            if changes.get(rule.of, getattr(config, rule.of)) == rule.value:
+                assign(rule.name, parse_value(f"environment: {name}", FIELDS[rule.name], environ[name]), name)
+            else:
+                notes.append(f"{name}={environ[name]} has no effect: {rule.why}")
     for name, rule in present.items():
         if isinstance(rule, Stage):
             on = parse_value(f"environment: {name}", bool, environ[name])

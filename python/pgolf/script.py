@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import run
-from .commands import is_main_rank
+from .commands import add_average, add_settings, is_main_rank
 from .config import Config
 from .environment import Request, read_environment
 from .errors import InputError
@@ -40,9 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
+    add_average(parser)
+    add_settings(parser)
     args = parser.parse_args(argv)
+    settings = [*args.set, *([f"average={args.average}"] if args.average else [])]
     try:
-        run_stages(read_environment(os.environ, args.preset), args.device)
+        run_stages(read_environment(os.environ, args.preset, settings), args.device)
     except InputError as error:
         sys.stderr.write(f"train_gpt: {error}\n")
         return 2
@@ -113,7 +116,8 @@ def log_lines(cfg: Config) -> Callable[[str, dict], None]:
                 return
             if event == "end" and step < cfg.max_steps:
                 _say(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{step}/{cfg.max_steps}")
-            which = "DIAGNOSTIC post_ema" if event == "end" and cfg.ema_decay else f"step:{step}/{cfg.max_steps}"
+            averaged = event == "end" and cfg.averages
+            which = f"DIAGNOSTIC post_{cfg.average}" if averaged else f"step:{step}/{cfg.max_steps}"
             _say(f"{which} val_loss:{values['val_loss']:.4f} val_bpb:{values['val_bpb']:.4f} {clock}")
 
     return line

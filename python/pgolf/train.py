@@ -26,7 +26,7 @@ from .data.loader import make_loader
 from .errors import InputError
 from .model import GPT, activation_dtype
 from .optimise import checkpoint
-from .optimise.averaging import WeightAverage
+from .optimise.averaging import make_average
 from .optimise.gradients import GradientBuffer
 from .optimise.groups import Optimisers
 from .optimise.schedule import lr_multiplier, muon_momentum
@@ -46,7 +46,7 @@ class Trainer:
         self.model.activation_dtype = activation_dtype(cfg, ranks.device)
         self.gradients = GradientBuffer(self.model)
         self.optimisers = Optimisers(self.model, cfg, self.model.activation_dtype, ranks.group)
-        self.average = WeightAverage(self.model, cfg.ema_decay) if cfg.ema_decay else None
+        self.average = make_average(self.model, cfg)
         self.loader = self._new_loader()
         self.step = 0
         self.elapsed_s = 0.0
@@ -86,7 +86,7 @@ class Trainer:
             norm = self.gradients.clip(cfg.grad_clip_norm)
         self.optimisers.step(lr, momentum)
         if self.average:
-            self.average.update()
+            self.average.update(self.step + 1, lr)
         return loss, norm
 
     def warm_up(self) -> None:
@@ -107,14 +107,14 @@ class Trainer:
                 p.copy_(before[name])
         self.optimisers.reset()
         if self.average:
-            self.average.load(before)
+            self.average.reset()
         self.loader = self._new_loader()
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"optimiser.{k}": v for k, v in self.optimisers.state_tensors().items()}
         if self.average:
-            tensors |= {f"average.{k}": v for k, v in self.average.average.items()}
+            tensors |= {f"average.{k}": v for k, v in self.average.state_tensors().items()}
         return tensors
 
     def save(self, run_dir: Path) -> None:
@@ -133,7 +133,7 @@ class Trainer:
         self.model.load_state_dict(part("model."))
         self.optimisers.load_state_tensors(part("optimiser."))
         if self.average:
-            self.average.load(part("average."))
+            self.average.load_state_tensors(part("average."))
         self.loader.load_state_dict(state["loader"])
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.model.recurrence_active = self.cfg.recurs_after(self.step)
@@ -220,8 +220,8 @@ def _train(
         )
     _loop(trainer, run_dir, log, progress)
 
-    if trainer.average:
-        trainer.average.copy_to_model()
+    if trainer.average and not trainer.average.copy_to_model():
+        progress.note(f"average {cfg.average}: no snapshot was taken; the last weights are exported")
     if ranks.is_main:
         weights = {k: v.detach().float().cpu().contiguous() for k, v in trainer.model.export_state().items()}
         content = safetensors.torch.save(weights, {run.TRAINED_STEPS: str(trainer.step)})

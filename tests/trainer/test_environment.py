@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pgolf import run
 from pgolf.config import FIELDS, Config
 from pgolf.data.shards import find_shards, open_shard, shard_name, write_shard
-from pgolf.environment import NAMES, Field, Ignored, Same, Switch, edit_distance, read_environment
+from pgolf.environment import NAMES, Choice, Detail, Field, Ignored, Same, Switch, edit_distance, read_environment
 from pgolf.errors import InputError
 from pgolf.presets import preset
 from pgolf.script import free_directory, main
@@ -56,7 +56,7 @@ def test_a_published_command_asks_for_its_preset(name):
 def test_the_table_is_sound():
     for name, rule in NAMES.items():
         assert name == name.upper()
-        if isinstance(rule, Field | Switch | Same):
+        if isinstance(rule, Field | Switch | Same | Choice | Detail):
             assert rule.name in FIELDS, name
         if isinstance(rule, Field) and rule.scale != 1:
             assert FIELDS[rule.name] is float, name
@@ -68,7 +68,7 @@ def test_every_field_takes_its_value(name):
     rule, base = NAMES[name], preset("pr1128")
     current = getattr(base, rule.name)
     others = {bool: "0" if current else "1", str: "brotli", tuple[int, ...]: "1,2"}
-    text = others.get(FIELDS[rule.name], str(2 * current or 3))
+    text = "0.5" if name == "EMA_DECAY" else others.get(FIELDS[rule.name], str(2 * current or 3))
     if rule.scale != 1:
         text = "3000"
     config = read_environment({name: text}, "pr1128").config
@@ -99,7 +99,9 @@ def test_names_without_effect_are_reported_once_each():
     request = read_environment(variables(COMMANDS["pr1128"]), "pr1128")
     reported = [note.partition("=")[0] for note in request.notes]
     assert len(set(reported)) == len(reported)
-    assert set(reported) == {name for name in variables(COMMANDS["pr1128"]) if isinstance(NAMES[name], Ignored)}
+    assert set(reported) == {
+        name for name in variables(COMMANDS["pr1128"]) if isinstance(NAMES[name], Ignored | Detail)
+    }
     assert {"EMA_ENABLED", "SWA_EVERY", "LATE_QAT"} < set(reported)
     assert read_environment({"MATRIX_LR_EARLY": "0.025"}, "pr1217").config == preset("pr1217")
 

@@ -20,7 +20,7 @@ from pgolf.distributed import Ranks
 from pgolf.environment import read_environment
 from pgolf.errors import InputError
 from pgolf.model import GPT, rotary_table
-from pgolf.optimise.averaging import WeightAverage
+from pgolf.optimise.averaging import ExponentialAverage
 from pgolf.optimise.gradients import GradientBuffer
 from pgolf.optimise.groups import Optimisers
 from pgolf.optimise.schedule import lr_multiplier, muon_momentum
@@ -172,9 +172,9 @@ def test_weights_start_and_tables_stay_in_bfloat16():
         optimisers.step(1.0, 0.9)
     assert {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16} == low
     assert not torch.equal(model.tok_emb.weight, start["tok_emb.weight"])
-    average = WeightAverage(model, 0.75)
-    average.load(start)
-    average.update()
+    average = ExponentialAverage(model, 0.75)
+    average.load_state_tensors(start)
+    average.update(1, 1.0)
     table = average.average["tok_emb.weight"]
     torch.testing.assert_close(table, 0.75 * start["tok_emb.weight"].float() + 0.25 * model.tok_emb.weight.float())
     assert not torch.equal(table, table.bfloat16().float())  # the average itself is float32

@@ -44,5 +44,11 @@ def add_settings(p: ArgumentParser) -> None:
     )
 
 
+def add_average(p: ArgumentParser) -> None:
+    p.add_argument(
+        "--average", choices=("ema", "swa", "lawa", "none"), help="which average of the weights is exported and scored"
+    )
+
+
 def add_device(p: ArgumentParser) -> None:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")

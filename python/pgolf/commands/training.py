@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..errors import InputError
-from . import add_command, add_data, add_device, add_settings, say
+from . import add_average, add_command, add_data, add_device, add_settings, say
 
 
 def register(steps) -> None:
@@ -17,6 +17,7 @@ def register(steps) -> None:
     )
     p.add_argument("--steps", type=int, metavar="N", help="train N steps, whatever the time they take")
     p.add_argument("--seconds", type=float, metavar="S", help="train S seconds")
+    add_average(p)
     add_settings(p)
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
     add_device(p)
@@ -37,9 +38,10 @@ def train(args: Namespace) -> dict:
 
     if args.resume:
         cfg = run.read_config(args.run_dir)
-        if args.preset or args.steps or args.seconds or args.set:
+        if args.preset or args.steps or args.seconds or args.average or args.set:
             raise InputError(
-                "train: --resume continues the run as it was configured; drop --preset, --steps, --seconds and --set"
+                "train: --resume continues the run as it was configured; "
+                "drop --preset, --steps, --seconds, --average and --set"
             )
     else:
         cfg = preset(args.preset or "demo").with_settings(args.set)
@@ -47,6 +49,8 @@ def train(args: Namespace) -> dict:
             cfg = cfg.replace(max_steps=args.steps, max_seconds=0.0)
         if args.seconds is not None:
             cfg = cfg.replace(max_seconds=args.seconds)
+        if args.average is not None:
+            cfg = cfg.replace(average=args.average)
     result = run_training(
         cfg, args.data, args.run_dir, resume=args.resume, device=args.device, tokenizer=args.tokenizer
     )
