@@ -19,8 +19,9 @@ from pgolf.model import GPT, activation_dtype
 from pgolf.optimise.gradients import GradientBuffer
 from pgolf.optimise.groups import Optimisers
 from pgolf.presets import PRESETS
+from pgolf.scoring.gate import TokenGate
 from pgolf.scoring.slot import Slot
-from pgolf.scoring.windows import gather_batch, make_windows
+from pgolf.scoring.windows import make_windows
 from pgolf_kernels import dispatch
 
 SEQ_LEN, STRIDE = 512, 64
@@ -106,9 +107,11 @@ def _train_case(cfg: Config, device: str, quick: bool) -> Case:
     )
 
 
-def _slot_scores(model: GPT, scorer: Slot, windows: list, x: Tensor, y: Tensor, scored: Tensor) -> Tensor:
+def _slot_scores(model: GPT, scorer: Slot, windows: list, stream: Tensor) -> Tensor:
+    gate = TokenGate(stream, model.tok_emb.weight.device)
     with torch.no_grad():
-        return scorer(model, x, y, scored, windows)
+        batch = gate.open(windows, SEQ_LEN)
+        return gate.score(batch, scorer(model, batch))
 
 
 def _slot_case(cfg: Config, device: str, num_windows: int) -> Case:
@@ -120,8 +123,7 @@ def _slot_case(cfg: Config, device: str, num_windows: int) -> Case:
     run = partial(_slot_scores, model, scorer, windows)
 
     def inputs() -> tuple[Tensor, ...]:
-        stream = torch.randint(cfg.vocab_size, (SEQ_LEN + (num_windows - 1) * STRIDE + 1,))
-        return tuple(t.to(device) for t in gather_batch(stream, windows, SEQ_LEN))
+        return (torch.randint(cfg.vocab_size, (SEQ_LEN + (num_windows - 1) * STRIDE + 1,)),)
 
     return Case(
         shape=f"slot {cfg.num_layers}x{cfg.model_dim} {num_windows} windows of {SEQ_LEN}",

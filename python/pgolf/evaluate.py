@@ -25,6 +25,7 @@ from .data.dataset import Dataset
 from .errors import InputError
 from .model import GPT, activation_dtype
 from .scoring.context_tree import ContextTree
+from .scoring.gate import TokenGate
 from .scoring.objective import standing
 from .scoring.slot import Slot
 from .scoring.slot_autograd import AutogradSlot
@@ -169,7 +170,7 @@ def check_request(artifact: Path, method: str, settings: list[str] = (), allow_l
         if "ttt" in name:
             ScoreFirst(cfg)
         if name == "ctw":
-            ContextTree(cfg, torch.empty(0))
+            ContextTree(cfg)
     return Request(content, cfg, methods)
 
 
@@ -177,7 +178,7 @@ def score_method(
     method: str,
     cfg: Config,
     model: GPT,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | TokenGate,
     byte_counts: ByteCounts,
     ranks: distributed.Ranks,
     **callbacks: Callable | None,
@@ -185,9 +186,12 @@ def score_method(
     """score_stream with what `method` and the fields of cfg mean: windows, scorer, learner. The model stays as it is.
 
     Args:
+        tokens: the stream. Its gate is strict if the method is causal; or a gate of the caller's.
         callbacks: on_progress, on_nll of score_stream.
     """
     parts = method.split("+")
+    if not isinstance(tokens, TokenGate):
+        tokens = TokenGate(tokens, ranks.device, strict=standing(cfg, method).causal)
     return score_stream(
         model,
         tokens,
@@ -199,15 +203,15 @@ def score_method(
         rule="exact" if method == "plain" else (method == "slot" and cfg.slot_windows) or cfg.eval_windows,
         slices=cfg.eval_slices,
         interleave=cfg.eval_interleave and "ttt" not in parts,
-        scorer=_make_scorer(parts, cfg, tokens),
+        scorer=_make_scorer(parts, cfg),
         learner=ScoreFirst(cfg) if "ttt" in parts else None,
         **callbacks,
     )
 
 
-def _make_scorer(parts: list[str], cfg: Config, tokens: torch.Tensor) -> BatchScorer | None:
+def _make_scorer(parts: list[str], cfg: Config) -> BatchScorer | None:
     if "ctw" in parts:
-        return ContextTree(cfg, tokens)
+        return ContextTree(cfg)
     if "slot" in parts:
         return (AutogradSlot if cfg.slot_buckets or cfg.slot_parameters == "temperature" else Slot)(cfg)
     return None

@@ -14,6 +14,9 @@ from pgolf.data.byte_counts import ByteCounts
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.distributed import Ranks
 from pgolf.model import GPT
+from pgolf.scoring.gate import Batch, TokenGate
+from pgolf.scoring.stream import BatchScorer
+from pgolf.scoring.windows import Window
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
@@ -126,6 +129,14 @@ class ThreeTokenModel:
 def no_bytes(vocab_size: int) -> ByteCounts:
     """Byte counts of a vocabulary that stands for no text."""
     return ByteCounts(*(torch.zeros(vocab_size, dtype=d) for d in (torch.int16, torch.bool, torch.bool)))
+
+
+def score_batch(scorer: BatchScorer, model, x: Tensor, y: Tensor, scored: Tensor, windows: list[Window]) -> Tensor:
+    """One batch of known inputs and targets through a scorer, leaks and all."""
+    gate = TokenGate(torch.zeros(windows[-1].start + windows[-1].length + 1, dtype=torch.int64), strict=False)
+    batch = Batch(windows, x, scored, gate, x, y, scored)
+    with torch.no_grad():
+        return gate.score(batch, scorer(model, batch))
 
 
 def flip_changes(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scoring_samples import SYSTEMS, load, trained_model, validation_text
+from scoring_samples import SYSTEMS, load, score_batch, trained_model, validation_text
 
 from pgolf.config import Config
 from pgolf.data.byte_counts import ByteCounts
@@ -71,9 +71,7 @@ def slot_nll(model, tokens, cfg, batch_windows):
     pieces = []
     for i in range(0, len(windows), batch_windows):
         batch = windows[i : i + batch_windows]
-        x, y, scored = gather_batch(tokens, batch, 64)
-        with torch.no_grad():
-            pieces.append(Slot(cfg)(model, x, y, scored, batch))
+        pieces.append(score_batch(Slot(cfg), model, *gather_batch(tokens, batch, 64), batch))
     return torch.cat(pieces)
 
 

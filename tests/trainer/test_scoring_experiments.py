@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from scoring_samples import ONE_RANK, SYSTEMS, flip_changes, load, trained_model, validation_text
+from scoring_samples import ONE_RANK, SYSTEMS, flip_changes, load, score_batch, trained_model, validation_text
 
 from pgolf.errors import InputError
 from pgolf.evaluate import score_method
@@ -69,8 +69,7 @@ def test_one_bucket_shifts_every_position_alike(norm, model, text):
     windows = make_windows(400, 64, 16)[:8]
     batch = gather_batch(text[0], windows, 64)
     table, delta = AutogradSlot(cfg.replace(slot_buckets=1)), Slot(cfg.replace(slot_lr=2 * cfg.slot_lr))
-    with torch.no_grad():
-        got, want = (scorer(model, *batch, windows) for scorer in (table, delta))
+    got, want = (score_batch(scorer, model, *batch, windows) for scorer in (table, delta))
     torch.testing.assert_close(got, want, rtol=0, atol=5e-4)
     both = table.last_parameters
     torch.testing.assert_close(both["delta"], both["table"][:, 0])
@@ -84,8 +83,8 @@ def test_a_temperature_descends_its_gradient(model, text):
     x, y, scored = gather_batch(text[0], windows, 64)
     double = trained_model("pr1217", load("sliding_pr1217"))
     scorer = AutogradSlot(cfg)
+    score_batch(scorer, double, x, y, scored, windows)
     with torch.no_grad():
-        scorer(double, x, y, scored, windows)
         logits = double.logits(x)[0].double()
 
     def loss(temperature):
@@ -97,14 +96,16 @@ def test_a_temperature_descends_its_gradient(model, text):
 
 def test_the_context_tree_counts_what_came_before(text):
     cfg = BASE.replace(ctw_depth=2, vocab_size=420)
-    stream = torch.tensor([5, 6, 7, 5, 6, 8, 5, 6, 9])
-    tree = ContextTree(cfg, stream)
+    stream = [5, 6, 7, 5, 6, 8, 5, 6, 9]
+    tree = ContextTree(cfg)
+    tree.stream = stream
     tree._count_up_to(8)
     seen = tree.log_estimate(8, 10).exp()  # after 5, 6 came 7 and 8
     want = torch.full((10,), 0.5, dtype=torch.float64)
     want[7] = want[8] = 1.5
     torch.testing.assert_close(seen, want / want.sum())
-    fresh = ContextTree(cfg, stream)
+    fresh = ContextTree(cfg)
+    fresh.stream = stream
     assert fresh.log_estimate(0, 10).exp().tolist() == pytest.approx([0.1] * 10)
     fresh._count_up_to(2)
     assert fresh.log_estimate(2, 10).exp()[5].item() == pytest.approx(1.5 / 7)  # 6 was never left: order zero

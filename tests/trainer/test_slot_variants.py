@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scoring_samples import SLOT_SYSTEMS, FixedStates, load
+from scoring_samples import SLOT_SYSTEMS, FixedStates, load, score_batch
 
 from pgolf.config import Config
 from pgolf.config_rules import CHOICES
@@ -87,13 +87,13 @@ def test_every_step_is_the_published_one(case, monkeypatch):
     deltas = ARRAYS[f"{case}/delta"]
     for k in range(1, cfg.slot_steps + 1):
         scorer = Slot(cfg.replace(slot_steps=k, slot_clamp=0.0))  # the arrays are of before the clamping
-        scorer(model, x, y, scored, windows)
+        score_batch(scorer, model, x, y, scored, windows)
         fit = scorer.last_fit
         close(fit.bias if variant == "g" else fit.delta, deltas[k - 1], f"step {k}")
         if f"{case}/bias" in ARRAYS and k in (1, cfg.slot_steps):
             close(fit.bias, ARRAYS[f"{case}/bias"][0 if k == 1 else 1], f"bias of step {k}")
         close(fit.loss_per_step.sum(1), ARRAYS[f"{case}/losses"][:k], f"losses of {k} steps")
-    nll = Slot(cfg)(model, x, y, scored, windows)
+    nll = score_batch(Slot(cfg), model, x, y, scored, windows)
     close(nll, ARRAYS[f"{case}/nll"], "scores")
     total = float(nll.double().sum())
     np.testing.assert_allclose(total / len(nll), ARRAYS[f"{case}/val_loss"], rtol=1e-6)
@@ -113,7 +113,7 @@ def test_batches_in_a_row_are_the_published_ones(case):
     scorer.begin_slice()
     for k, batch in enumerate(plan_batches(windows, cfg.eval_batch_windows, 1, False)[0]):
         inputs = gather_batch(tokens, batch, cfg.eval_seq_len)
-        nll = scorer(model_of(case, f"H{k}", dtype), *inputs, batch)
+        nll = score_batch(scorer, model_of(case, f"H{k}", dtype), *inputs, batch)
         got = scorer.last_fit.bias if variant == "g" else scorer.last_fit.delta
         want = torch.from_numpy(ARRAYS[f"{case}/delta{k}"])
         want = want.clamp(-5, 5) if variant == "g" else want
@@ -196,10 +196,10 @@ def test_a_restart_begins_with_fresh_moments():
     scored = torch.zeros_like(y, dtype=torch.bool)
     scored[:, 60:] = True
     twice, once = Slot(cfg), Slot(cfg.replace(slot_steps=3))
-    twice(model, x, y, scored, windows)
-    once(model, x, y, scored, windows)
+    score_batch(twice, model, x, y, scored, windows)
+    score_batch(once, model, x, y, scored, windows)
     assert torch.equal(twice.last_fit.loss_per_step[:3], once.last_fit.loss_per_step)
     warm = Slot(cfg.replace(slot_steps=6, slot_restart_steps=0))
-    warm(model, x, y, scored, windows)
+    score_batch(warm, model, x, y, scored, windows)
     assert torch.equal(warm.last_fit.loss_per_step[:4], twice.last_fit.loss_per_step[:4])
     assert not torch.equal(warm.last_fit.loss_per_step[4:], twice.last_fit.loss_per_step[4:])

@@ -16,31 +16,32 @@ from torch import Tensor
 from ..config import Config
 from ..errors import InputError
 from ..model import GPT
+from .gate import Batch, NllOf
 from .stream import BatchScorer
-from .windows import Window
 
 
 class ContextTree(BatchScorer):
-    """Args: cfg: its ctw_ fields. tokens: the whole stream, [N + 1] int64 on the CPU; read up to the scored target."""
+    """Args: cfg: its ctw_ fields."""
 
-    def __init__(self, cfg: Config, tokens: Tensor):
+    def __init__(self, cfg: Config):
         if cfg.eval_windows != "exact" or cfg.eval_interleave:
             raise InputError(
                 "ctw: needs every target once and in order: set eval_windows=exact and eval_interleave=false, "
                 f"got {cfg.eval_windows} and {cfg.eval_interleave}"
             )
-        self.cfg, self.stream = cfg, tokens.tolist()
+        self.cfg = cfg
+        self.stream: list[int] = []  # as far as it has been read
         self.counts: dict[tuple[int, ...], Counter] = {}
         self.num_counted = 0  # tokens of the stream that the counts hold
 
-    def __call__(self, model: GPT, x: Tensor, y: Tensor, scored: Tensor, windows: list[Window]) -> Tensor:
-        cap = model.cfg.logit_softcap
-        rows = model.hidden(x)[scored]
+    def __call__(self, model: GPT, batch: Batch) -> NllOf:
+        cap, scored = model.cfg.logit_softcap, batch.scored
+        rows = model.hidden(batch.inputs)[scored]
         logits = cap * torch.tanh(F.linear(rows, model.head_weight()).double() / cap)
-        log_p, targets = logits.log_softmax(-1), y[scored]
+        log_p = logits.log_softmax(-1)
         entropy = (-log_p.exp() * log_p).sum(-1).tolist()
-        nll = -log_p.gather(1, targets[:, None])[:, 0]
-        indices = [w.start + p + 1 for w in windows for p in range(w.score_from, w.length)]
+        self.stream += batch.prefix()[len(self.stream) :].tolist()
+        indices = [w.start + p + 1 for w in batch.windows for p in range(w.score_from, w.length)]
         limit = math.log(log_p.shape[1])
         for row, index in enumerate(indices):
             self._count_up_to(index)
@@ -48,8 +49,8 @@ class ContextTree(BatchScorer):
                 continue
             share = self.cfg.ctw_weight * min(entropy[row] / limit, 1.0)
             mixed = (1 - share) * log_p[row] + share * self.log_estimate(index, log_p.shape[1]).to(log_p.device)
-            nll[row] = mixed.logsumexp(0) - mixed[targets[row]]
-        return nll
+            log_p[row] = mixed.log_softmax(0)
+        return lambda targets: -log_p.gather(1, targets[scored][:, None])[:, 0]
 
     def _count_up_to(self, index: int) -> None:
         """Count the tokens before stream[index], each under its contexts of every length."""

@@ -15,17 +15,16 @@ from pgolf_kernels import LBFGS, AdamW, HypergradientAdamW, SlotFit, slot_fit, s
 
 from ..config import Config
 from ..model import GPT
+from .gate import Batch, NllOf
 from .objective import SHARES, objective_weights
 from .stream import BatchScorer
-from .windows import Window
 
 
-class Batch(NamedTuple):
-    """What slot_fit and slot_score take: of the batch as it is or, for a bias after the softcap, of gathered rows."""
+class States(NamedTuple):
+    """What is fitted and scored: a batch as it is or, for a bias after the softcap, gathered rows."""
 
     state: Tensor  # [B, T, D]
     weight: Tensor  # [V, D]
-    targets: Tensor  # [B, T] int64
     softcap: float | None
 
 
@@ -41,34 +40,42 @@ class Slot(BatchScorer):
     def begin_slice(self) -> None:
         self.last_fit = None
 
-    def __call__(self, model: GPT, x: Tensor, y: Tensor, scored: Tensor, windows: list[Window]) -> Tensor:
-        cfg = self.cfg
-        state = model.trunk(x) if cfg.slot_norm == "before" else model.hidden(x)
-        batch = Batch(state, model.head_weight(), y, model.cfg.logit_softcap)
-        weights = objective_weights(cfg, windows, x.shape[1])
+    def __call__(self, model: GPT, batch: Batch) -> NllOf:
+        cfg, x, scored = self.cfg, batch.inputs, batch.scored
+        states = States(
+            model.trunk(x) if cfg.slot_norm == "before" else model.hidden(x),
+            model.head_weight(),
+            model.cfg.logit_softcap,
+        )
+        weights = objective_weights(cfg, batch.windows, x.shape[1])
+        targets = batch.to_fit(weights, self.shared)
         if cfg.slot_parameters != "logits":
             # Counted here, where the windows are known, so that a GPU need not be asked and waited for.
-            fitted, wanted = (weights > 0).sum(1).tolist(), [w.length - w.score_from for w in windows]
-            self.last_fit = self._fit(batch, weights.to(x.device, non_blocking=True), fitted)
-            return self._score(batch, scored, wanted)
+            num_fitted, num_scored = (weights > 0).sum(1).tolist(), batch.num_scored
+            fit = self._fit(states, targets, weights.to(x.device, non_blocking=True), num_fitted)
+            self.last_fit = fit
+            return lambda targets: self._score(states, fit, targets, scored, num_scored)
         weights = weights.to(x.device)
         rows = weights > 0
-        self.last_fit = self._fit(_capped_rows(batch, rows), weights[rows][None])
-        wanted = _capped_rows(batch, scored)
-        return self._score(wanted, torch.ones_like(wanted.targets, dtype=torch.bool))
+        self.last_fit = fit = self._fit(_capped_rows(states, rows), targets[rows][None], weights[rows][None])
+        capped = _capped_rows(states, scored)
+        every = torch.ones(capped.state.shape[:2], dtype=torch.bool, device=x.device)
+        return lambda targets: self._score(capped, fit, targets[scored][None], every)
 
-    def _fit(self, batch: Batch, weights: Tensor, num_rows: list[int] | None = None) -> SlotFit | None:
+    def _fit(
+        self, states: States, targets: Tensor, weights: Tensor, num_rows: list[int] | None = None
+    ) -> SlotFit | None:
         """Each part of slot_restart_steps steps begins with a fresh optimiser; the losses are joined."""
         cfg = self.cfg
         fit = self.last_fit if cfg.slot_warm_start else None
         every, losses = cfg.slot_restart_steps or max(cfg.slot_steps, 1), []
         for first in range(0, cfg.slot_steps, every):
             fit = slot_fit(
-                batch.state,
-                batch.weight,
-                batch.targets,
+                states.state,
+                states.weight,
+                targets,
                 weights,
-                softcap=batch.softcap,
+                softcap=states.softcap,
                 norm=cfg.slot_norm,
                 share="batch" if self.shared else "window",
                 normalize=cfg.slot_normalize,
@@ -91,26 +98,27 @@ class Slot(BatchScorer):
             )
         return fit._replace(loss_per_step=torch.cat(losses)) if losses else fit
 
-    def _score(self, batch: Batch, rows: Tensor, num_rows: list[int] | None = None) -> Tensor:
+    def _score(
+        self, states: States, fit: SlotFit | None, targets: Tensor, rows: Tensor, num_rows: list[int] | None = None
+    ) -> Tensor:
         return slot_score(
-            batch.state,
-            batch.weight,
-            batch.targets,
-            self.last_fit,
-            softcap=batch.softcap,
+            states.state,
+            states.weight,
+            targets,
+            fit,
+            softcap=states.softcap,
             norm=self.cfg.slot_norm,
             rows=rows,
             num_rows=num_rows,
         )
 
 
-def _capped_rows(batch: Batch, rows: Tensor) -> Batch:
+def _capped_rows(states: States, rows: Tensor) -> States:
     """The rows' capped logits as one window [1, n, V] under an identity head: a bias then joins after the softcap."""
-    hidden = batch.state[rows]
+    hidden = states.state[rows]
     hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-    logits = batch.softcap * torch.tanh(F.linear(hidden, batch.weight.to(hidden.dtype)) / batch.softcap)
-    identity = torch.eye(len(batch.weight), dtype=hidden.dtype, device=hidden.device)
-    return Batch(logits[None], identity, batch.targets[rows][None], None)
+    logits = states.softcap * torch.tanh(F.linear(hidden, states.weight.to(hidden.dtype)) / states.softcap)
+    return States(logits[None], torch.eye(len(states.weight), dtype=hidden.dtype, device=hidden.device), None)
 
 
 def make_optimizer(cfg: Config) -> AdamW | HypergradientAdamW | LBFGS:

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import GPT, rms_norm
+from .gate import Batch, NllOf
 from .objective import objective_weights
 from .slot import Slot, make_optimizer
-from .windows import Window
 
 
 class AutogradSlot(Slot):
     """Slot for slot_buckets > 0 or slot_parameters "temperature"; `last_parameters` are those of the newest batch."""
 
-    def __call__(self, model: GPT, x: Tensor, y: Tensor, scored: Tensor, windows: list[Window]) -> Tensor:
-        cfg = self.cfg
+    def __call__(self, model: GPT, batch: Batch) -> NllOf:
+        cfg, x = self.cfg, batch.inputs
         state = model.trunk(x) if cfg.slot_norm == "before" else model.hidden(x)
         state = state if state.dtype == torch.float64 else state.float()
         weight, softcap = model.head_weight().to(state.dtype), model.cfg.logit_softcap
@@ -35,7 +35,7 @@ class AutogradSlot(Slot):
                 "table": state.new_zeros(num_groups, cfg.slot_buckets, D),
             }
 
-        def nll(rows: Tensor) -> Tensor:
+        def nll(rows: Tensor, targets: Tensor) -> Tensor:
             h, g = state[rows], group[rows]
             if "table" in parameters:
                 h = h + parameters["delta"][g] + parameters["table"][g, bucket[rows]]
@@ -43,15 +43,17 @@ class AutogradSlot(Slot):
             logits = softcap * torch.tanh(F.linear(h, weight) / softcap)
             if "temperature" in parameters:
                 logits = logits / parameters["temperature"][g][:, None]
-            return F.cross_entropy(logits, y[rows], reduction="none")
+            return F.cross_entropy(logits, targets[rows], reduction="none")
 
-        weights = objective_weights(cfg, windows, x.shape[1]).to(x.device, state.dtype)
+        weights = objective_weights(cfg, batch.windows, x.shape[1])
+        fitted = batch.to_fit(weights, self.shared)
+        weights = weights.to(x.device, state.dtype)
         total = weights.sum(1, keepdim=True) if cfg.slot_normalize == "window" else weights.sum()
         weights = weights / total.where(total > 0, 1.0)
         if (weights > 0).any():
-            self._descend(parameters, weights, nll)
+            self._descend(parameters, weights, lambda rows: nll(rows, fitted))
         self.last_parameters = parameters
-        return nll(scored)
+        return lambda targets: nll(batch.scored, targets)
 
     @torch.enable_grad()
     def _descend(self, parameters: dict[str, Tensor], weights: Tensor, nll) -> None:

@@ -19,22 +19,26 @@ from pgolf_kernels import softcapped_cross_entropy
 from ..data.byte_counts import ByteCounts
 from ..distributed import Ranks
 from ..model import GPT
-from .windows import Window, gather_batch, make_windows
+from .gate import Batch, LeakError, NllOf, TokenGate
+from .windows import Window, make_windows
 
 if TYPE_CHECKING:
     from .ttt import ScoreFirst
 
 
 class BatchScorer:
-    """Scores the targets of one batch that `scored` marks: their nll, in row-major order."""
+    """Makes ready for a batch and returns how its scored targets, which it has not seen, are then scored."""
 
     sequential = False  # True: state goes from batch to batch, so one rank scores a whole slice in order
 
     def begin_slice(self) -> None:
         """Called before the first batch of every slice."""
 
-    def __call__(self, model: GPT, x: Tensor, y: Tensor, scored: Tensor, windows: list[Window]) -> Tensor:
+    def __call__(self, model: GPT, batch: Batch) -> NllOf:
         raise NotImplementedError
+
+    def learn(self, batch: Batch) -> None:
+        """Called once the batch's scores are in the total: batch.to_fit now gives its scored targets, too."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,11 @@ class Score:
 class Frozen(BatchScorer):
     """No adaptation. The head runs on scored rows only."""
 
-    def __call__(self, model: GPT, x: Tensor, y: Tensor, scored: Tensor, windows: list[Window]) -> Tensor:
-        rows = model.hidden(x)[scored]  # (n, D)
-        return softcapped_cross_entropy(
-            rows, model.head_weight(), y[scored], softcap=model.cfg.logit_softcap, reduction="none"
+    def __call__(self, model: GPT, batch: Batch) -> NllOf:
+        scored = batch.scored
+        rows, weight, softcap = model.hidden(batch.inputs)[scored], model.head_weight(), model.cfg.logit_softcap
+        return lambda targets: softcapped_cross_entropy(
+            rows, weight, targets[scored], softcap=softcap, reduction="none"
         )
 
 
@@ -80,7 +85,7 @@ def plan_batches(
 @torch.no_grad()
 def score_stream(
     model: GPT,
-    tokens: Tensor,
+    tokens: Tensor | TokenGate,
     byte_counts: ByteCounts,
     ranks: Ranks,
     *,
@@ -98,7 +103,7 @@ def score_stream(
     """Score every target of `tokens` once, or as often as `rule` lists it.
 
     Args:
-        tokens: [N + 1] int64 on the CPU; targets are tokens[1:].
+        tokens: [N + 1] int64 on the CPU; targets are tokens[1:]. Or a gate before them; else a strict one is made.
         seq_len, stride: window length and step, in tokens; stride = seq_len scores without overlap.
         batch_windows: windows per forward. Part of the method where windows share state, else only a matter of speed.
         rule: which windows there are, see make_windows.
@@ -107,13 +112,19 @@ def score_stream(
         learner: trains a copy of the model on each chunk of the stream behind the scoring of that chunk.
         on_progress: called with (batches done, batches of this rank).
         on_nll: called with the windows and scores of each batch of this rank, in order.
+
+    Raises:
+        LeakError: a scorer or learner asked a strict gate for targets that are still to be scored by what it makes of
+            them.
     """
     started = time.perf_counter()
     scorer = scorer or Frozen()
-    windows = make_windows(len(tokens) - 1, seq_len, stride, rule)
+    gate = tokens if isinstance(tokens, TokenGate) else TokenGate(tokens, ranks.device)
+    windows = make_windows(gate.num_targets, seq_len, stride, rule)
     model = learner.begin(model) if learner else model
+    gate.watch(model, scorer, learner)
     chunks = []  # of each chunk of the stream, this rank's runs of batches
-    for chunk in learner.split(windows, len(tokens) - 1) if learner else [windows]:
+    for chunk in learner.split(windows, gate.num_targets) if learner else [windows]:
         runs = plan_batches(chunk, batch_windows, slices, interleave)
         if not scorer.sequential:
             runs = [[batch] for run in runs for batch in run]
@@ -125,18 +136,21 @@ def score_stream(
         for run in runs:
             scorer.begin_slice()
             for batch in run:
-                x, y, scored = gather_batch(tokens, batch, seq_len)
-                num_bytes = int(byte_counts.count_bytes(y[scored], x[scored]).sum())
-                device_batch = (t.to(ranks.device, non_blocking=True) for t in (x, y, scored))
-                nll = scorer(model, *device_batch, batch)
+                opened = gate.open(batch, seq_len)
+                nll = gate.score(opened, scorer(model, opened))
+                num_bytes = int(byte_counts.count_bytes(*opened.charged()).sum())
                 totals[-1].append((nll.double().sum(), nll.numel(), num_bytes))
+                scorer.learn(opened)
                 done += 1
                 if on_nll:
                     on_nll(batch, nll)
                 if on_progress:
                     on_progress(done, num_batches)
         if learner and index + 1 < len(chunks):
-            learner.train(index, tokens, ranks)
+            gate.share(ranks)
+            learner.train(index, gate, ranks)
+    if rule == "exact" and not (coverage := gate.coverage(ranks)).exact:
+        raise LeakError(f"every target must be scored once, got {coverage}")
     local = [[(nll.item(), n, b) for nll, n, b in chunk] for chunk in totals]
     by_chunk = zip(*ranks.gather(local), strict=True)
     everything = [batch for chunk in by_chunk for rank in chunk for batch in rank]

@@ -18,6 +18,7 @@ from ..config import Config
 from ..distributed import Ranks
 from ..errors import InputError
 from ..model import GPT
+from .gate import TokenGate
 from .stream import cut_slices
 from .windows import Window
 
@@ -64,16 +65,15 @@ class ScoreFirst:
         return chunks
 
     @torch.enable_grad()
-    def train(self, chunk: int, tokens: Tensor, ranks: Ranks) -> None:
+    def train(self, chunk: int, gate: TokenGate, ranks: Ranks) -> None:
         """Train on the targets of a chunk that is scored, in whole sequences; a rest is dropped.
 
-        Args:
-            tokens: the whole stream, [N + 1] int64 on the CPU.
+        The learning rate follows the length of the whole stream, which is known beforehand; its tokens are not.
         """
         cfg, T = self.cfg, self.cfg.eval_seq_len
         start = chunk * cfg.ttt_chunk_tokens
-        end = min(start + cfg.ttt_chunk_tokens, len(tokens) - 1)
-        num_chunks = math.ceil((len(tokens) - 1) / cfg.ttt_chunk_tokens)
+        end = min(start + cfg.ttt_chunk_tokens, gate.num_targets)
+        num_chunks = math.ceil(gate.planned_targets / cfg.ttt_chunk_tokens)
         lr = 0.5 * cfg.ttt_lr * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -83,14 +83,14 @@ class ScoreFirst:
         for _ in range(cfg.ttt_epochs):
             for first in range(0, max(map(len, parts), default=0), batch):
                 micro = [part[first : first + batch] for part in parts]
-                self._step(chunk, lr, [starts for starts in micro if starts], tokens, ranks)
+                self._step(chunk, lr, [starts for starts in micro if starts], gate, ranks)
 
-    def _step(self, chunk: int, lr: float, micro: list[list[int]], tokens: Tensor, ranks: Ranks) -> None:
+    def _step(self, chunk: int, lr: float, micro: list[list[int]], gate: TokenGate, ranks: Ranks) -> None:
         """One step on a micro-batch per slice: the mean of their gradients."""
         owners = [r for r, part in enumerate(cut_slices(micro, ranks.world_size, False)) for _ in part]
         total = None  # all gradients side by side, and the loss behind them
         own = [starts for starts, owner in zip(micro, owners, strict=True) if owner == ranks.rank]
-        mine = (self._gradient(starts, tokens, ranks) for starts in own)
+        mine = (self._gradient(starts, gate, ranks) for starts in own)
         if ranks.group is not None:
             mine = iter(list(mine))  # all ranks at once, before the first of them sends
         for owner in owners:
@@ -112,10 +112,10 @@ class ScoreFirst:
         size = sum(p.numel() for p in self.parameters) + 1
         return torch.empty(size, dtype=self.parameters[0].dtype, device=self.parameters[0].device)
 
-    def _gradient(self, starts: list[int], tokens: Tensor, ranks: Ranks) -> Tensor:
+    def _gradient(self, starts: list[int], gate: TokenGate, ranks: Ranks) -> Tensor:
         """The gradients of the mean loss of the sequences that begin at `starts`, side by side, and that loss."""
         T, gamma = self.cfg.eval_seq_len, self.cfg.ttt_focal_gamma
-        rows = torch.stack([tokens[s : s + T + 1] for s in starts]).to(ranks.device)
+        rows = torch.stack([gate.committed(s, s + T) for s in starts]).to(ranks.device)
         if gamma:
             nll = self.model(rows[:, :-1], rows[:, 1:], reduction="none")
             loss = ((1 - torch.exp(-nll)).clamp(min=1e-12) ** gamma * nll).mean()
