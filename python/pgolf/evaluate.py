@@ -124,6 +124,7 @@ def evaluate(
             }
             if ranks.is_main:
                 run.update_json(artifact.parent / run.SCORES, _record_name(name, cfg, found.causal, limit), result)
+                _log_clock(artifact, result, loaded - started)
             results.append(result)
         if len(results) == 1 and method != "stages":
             return results[0]
@@ -223,6 +224,15 @@ def _check_methods(methods: str) -> list[str]:
         if name not in METHODS:
             raise InputError(f"eval: method must be one of {', '.join(METHODS)} or stages, got {name!r}")
     return names
+
+
+def _log_clock(artifact: Path, result: dict, load_seconds: float) -> None:
+    """Where the artifact lies in its run directory, its log has the clocks of every stage."""
+    if (artifact.parent / run.CONFIG).exists():
+        log = run.RunLog(artifact.parent / run.LOG)
+        known = {name: result[name] for name in ("method", "val_loss", "val_bpb", "tokens", "seconds", "standing")}
+        log.write("eval", **known, load_seconds=round(load_seconds, 3), artifact_sha256=result["artifact_sha256"])
+        log.close()
 
 
 def _share_of(on_progress: Callable[[int, int], None], i: int, n: int) -> Callable[[int, int], None]:

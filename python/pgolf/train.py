@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pgolf_kernels import dispatch
 
-from . import distributed, run
+from . import distributed, ledger, run
 from .artifact import calibration
 from .config import Config
 from .data.dataset import Dataset
@@ -184,14 +184,25 @@ def train(
     """
     ranks = distributed.start(device)
     try:
-        with TrainingProgress(cfg, enabled=ranks.is_main) as progress:
-            return _train(cfg, data, run_dir, resume, ranks, progress, tokenizer, on_event)
+        with (
+            TrainingProgress(cfg, enabled=ranks.is_main) as progress,
+            ledger.Recorder(run_dir, cfg, enabled=ranks.is_main) as recorder,
+        ):
+            return _train(cfg, data, run_dir, resume, ranks, progress, recorder, tokenizer, on_event)
     finally:
         distributed.stop()
 
 
 def _train(
-    cfg: Config, data: Path, run_dir: Path, resume: bool, ranks: distributed.Ranks, progress, tokenizer, on_event
+    cfg: Config,
+    data: Path,
+    run_dir: Path,
+    resume: bool,
+    ranks: distributed.Ranks,
+    progress: TrainingProgress,
+    recorder: ledger.Recorder,
+    tokenizer: Path | None,
+    on_event: Callable[[str, dict], None] | None,
 ) -> dict:
     _check_run_directory(cfg, run_dir, resume)
     if (cfg.train_batch_tokens // cfg.train_seq_len) % ranks.world_size:
@@ -203,6 +214,8 @@ def _train(
     validation_tokens(cfg, dataset, cfg.val_tokens)  # too few would otherwise show only when training is over
     trainer = Trainer(cfg, dataset, ranks)
     ranks.barrier()  # every rank has accepted its input before rank 0 writes anything
+    provenance = dataset.provenance()
+    recorder.start(provenance["sha256"], lambda: trainer.step, resume)
     log = _open_run(cfg, dataset, run_dir, ranks, on_event) if ranks.is_main else None
     if cfg.warmup_steps:
         with progress.stage("compiling and warming up" if trainer.compiled else "warming up"):
@@ -217,6 +230,7 @@ def _train(
             parameters=sum(p.numel() for p in trainer.model.parameters()),
             dtype=str(trainer.model.activation_dtype).removeprefix("torch."),
             world_size=ranks.world_size,
+            data=provenance,
         )
     _loop(trainer, run_dir, log, progress)
 

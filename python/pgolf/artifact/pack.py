@@ -183,7 +183,12 @@ def pack_run(
             hessians = hessians_of_run(run_dir, config, state, wanted, data, device, progress)
     extra = {run.TRAINED_STEPS: run.trained_steps(run_dir)}
     report = pack_state(config, state, tokenizer, out, allow_oversize, extra, hessians, on_progress)
-    return dataclasses.replace(report, seconds={**clock.seconds, **report.seconds})
+    report = dataclasses.replace(report, seconds={**clock.seconds, **report.seconds})
+    log = run.RunLog(run_dir / run.LOG)
+    sizes = {name: getattr(report, name) for name in ("artifact_bytes", "code_bytes", "sha256")}
+    log.write("pack", **sizes, seconds=report.seconds, settings=list(settings))
+    log.close()
+    return report
 
 
 class _Stages:

@@ -5,6 +5,7 @@ data/datasets/fineweb10B_sp1024/ with data/tokenizers/fineweb_1024_bpe.model bes
 tokenizer.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -74,6 +75,26 @@ class Dataset:
         for shard in [*train, *val]:
             check_ids(shard, open_shard(shard)[:CHECKED_TOKENS], tokenizer.vocab_size)
         return cls(root, train, val, tokenizer, ByteCounts.from_tokenizer(tokenizer), manifest)
+
+    def provenance(self) -> dict:
+        """What a reader needs to know of the text: JSON values.
+
+        Returns:
+            {"name", "sha256", "tokenizer_sha256", "train_shards", "train_tokens", "val_shards", "val_tokens",
+            "train_documents", "val_documents"}; documents are None without a manifest of ours. sha256 is of the shards'
+            names, sizes and, from the manifest, digests: it costs no reading of them.
+        """
+        facts, shards = {}, {"train": self.train_shards, "val": self.val_shards}
+        splits = (self.manifest or {}).get("splits", {})
+        listing = [self.tokenizer.sha256]
+        for split, paths in shards.items():
+            digests = {s["file"]: s.get("sha256") for s in splits.get(split, {}).get("shards", [])}
+            counts = {path.name: count_tokens(path) for path in paths}
+            listing += [(split, name, tokens, digests.get(name)) for name, tokens in counts.items()]
+            facts[f"{split}_shards"], facts[f"{split}_tokens"] = len(paths), sum(counts.values())
+            facts[f"{split}_documents"] = splits.get(split, {}).get("documents")
+        sha256 = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        return {"name": self.root.resolve().name, "sha256": sha256, "tokenizer_sha256": self.tokenizer.sha256, **facts}
 
     def val_tokens(self, multiple_of: int = 0) -> np.ndarray:
         """All validation tokens in order, uint16.
