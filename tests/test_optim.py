@@ -1,14 +1,10 @@
-"""Muon: golden steps of the published optimisers, torch.optim.Muon, state dicts, and 1 = 2 = 3 ranks over gloo."""
+"""Muon: golden steps of the published optimisers, torch.optim.Muon, state dicts, the fused passes."""
 
-import os
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from numerics import DEVICES
 
 from pgolf_kernels import newton_schulz_banks
@@ -292,50 +288,3 @@ def test_errors_say_what_and_why():
         Muon(random_params([(4, 4)]), weight_decay=-0.1)
     with pytest.raises(ValueError, match=r"one of \['original', 'match_rms_adamw'\], got 'muP'"):
         Muon([{"params": random_params([(4, 4)]), "adjust_lr": "muP"}])
-
-
-# A bank that neither 2 nor 3 ranks divide, loose matrices of its shape and its transpose, fewer of a kind than ranks
-SHARDED_SHAPES = [(5, 8, 16), (8, 16), (16, 8), (2, 16, 8), (24, 24)]
-
-
-def steps_on_rank(rank, world, store_path, out_path):
-    """Three steps as one of `world` ranks; rank 0 saves the parameters and checks that all ranks agree."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(store_path, world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            params = random_params(SHARDED_SHAPES)
-            optimizer = Muon(
-                params,
-                lr=0.1,
-                weight_decay=0.1,
-                compute_dtype=dtype,
-                process_group=dist.group.WORLD,
-            )
-            for step in range(3):
-                set_grads(params, step)
-                optimizer.step()
-            flat = torch.cat([p.detach().flatten() for p in params])
-            everyone = [torch.empty_like(flat) for _ in range(world)]
-            dist.all_gather(everyone, flat)
-            assert all(torch.equal(flat, other) for other in everyone), "ranks hold different parameters"
-            if rank == 0:
-                torch.save(flat, f"{out_path}.{dtype}")
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # a gloo process that merely initialises and exits aborts about once in 200 times (torch 2.13)
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_work_and_agree_with_one_process(world, tmp_path):
-    mp.spawn(steps_on_rank, args=(world, str(tmp_path / "store"), str(tmp_path / "out")), nprocs=world)
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
-        params = random_params(SHARDED_SHAPES)
-        optimizer = Muon(params, lr=0.1, weight_decay=0.1, compute_dtype=dtype)
-        for step in range(3):
-            set_grads(params, step)
-            optimizer.step()
-        alone = torch.cat([p.detach().flatten() for p in params])
-        shared = torch.load(tmp_path / f"out.{dtype}")
-        torch.testing.assert_close(shared, alone, rtol=0, atol=tolerance)

@@ -1,6 +1,7 @@
 """Optimisers for small GPTs: Muon for matrices and banks of them, AdamW for everything else."""
 
 from .adamw import AdamW
-from .muon import ADJUST_LR, Muon, default_compute_dtype
+from .banks import ADJUST_LR, default_compute_dtype
+from .muon import Muon
 
 __all__ = ["ADJUST_LR", "AdamW", "Muon", "default_compute_dtype"]

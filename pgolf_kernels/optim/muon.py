@@ -1,19 +1,16 @@
 """Muon: momentum, then orthogonalised updates, for matrices and for banks of matrices.
 
-Matrices of one shape share one `newton_schulz` call, whatever parameters they come from. With a process group every
-rank holds all gradients and all momentum, orthogonalises only its share of the matrices, and receives the rest: the
-result does not depend on the number of ranks, because each matrix is rounded to the compute dtype on every path.
+Matrices of one shape share one `newton_schulz` call, whatever parameters they come from. With a process group the
+ranks share that work in one of three ways (parallel.py): the result does not depend on their number, because each
+matrix is rounded to the compute dtype on every path.
 
 On a GPU a step is three passes: momentum, Newton-Schulz, update. fused=True makes each of the outer two one launch per
 group, ns_impl="triton_megakernel" the middle one two launches for all groups, and capturable=True lets a CUDA graph of
 the step be replayed with another learning rate.
 """
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,23 +20,10 @@ from torch import Tensor
 from ..dispatch import meant, require, why_not_triton
 from ..ops.newton_schulz import newton_schulz_banks
 from .averages import Averages
-
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+from .banks import ADJUST_LR, Bank, as_bank, by_matrix_shape, calls, update
+from .parallel import COMMS, Shared
 
 HYPER_PARAMETERS = ("lr", "momentum", "weight_decay")  # those that a captured step reads from the device
-
-ADJUST_LR: dict[str, Callable[[int, int], float]] = {
-    "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
-    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
-}
-
-
-def default_compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its products are fast (GPUs from Ampere on, CPUs with AMX or AVX-512 BF16), else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,18 +32,27 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: parameters of 2 dimensions (a matrix) or 3 (a bank of matrices along dimension 0), or groups of them.
         lr: step size; multiplied by the shape-dependent factor of `adjust_lr`.
-        momentum: decay of the momentum buffer (float32 whatever the parameter's dtype), in [0, 1).
+        momentum: decay of the momentum buffer, in [0, 1).
         weight_decay: decoupled; each step multiplies p by 1 - lr * weight_decay.
         nesterov: look one step ahead.
         ns_steps, ns_coefficients, row_normalize: as in `newton_schulz`.
         adjust_lr: "original", sqrt(max(1, rows / cols)), or "match_rms_adamw", 0.2 sqrt(max(rows, cols)).
         compute_dtype: of the Newton-Schulz products; None: bfloat16 where that is fast, else float32.
-        process_group: ranks that share the work. Each must hold the same parameters and the same, already averaged
-            gradients, and step at the same time. None: this process does all of it.
+        process_group: ranks that share the work; each must hold the same parameters and step at the same time. None:
+            this process does all of it.
+        comms: how they share it. "shared": gradients must be averaged already, momentum is whole on every rank, each
+            orthogonalises a slice of every bank and receives the rest. "round_robin": the same gradients, but matrix i
+            and its momentum belong to rank i mod W, and one buffer with all updates is summed. "parallel": each rank
+            gives its own gradients; a bank's are reduce-scattered, momentum and orthogonalisation done on the slice,
+            the update gathered while the next bank is at work. Made for banks: a loose matrix is a bank of one, and
+            they all land on rank 0. The last two keep 1/W of the momentum on a rank; see `full_state_dict`.
+        comms_dtype: of gradients and updates on their way; None: the compute dtype.
+        reduction: of "parallel" gradients, "mean" or "sum" (of losses that all ranks' tokens were divided out of).
+        momentum_dtype: of the momentum and its sums; #1217 and #1128 keep it in bfloat16.
         ns_impl: implementation of Newton-Schulz, as in `newton_schulz_banks`.
         ns_plain: its published arithmetic, without finer formats inside, as in `newton_schulz`.
-        fused: momentum and update in one Triton launch each per group; parameters must be contiguous and on a GPU. The
-            updates then reach Newton-Schulz rounded to the compute dtype if that is bfloat16.
+        fused: momentum and update in one Triton launch each per group; parameters must be contiguous and on a GPU, the
+            momentum float32, comms "shared". Updates reach Newton-Schulz in bfloat16 if that is the compute dtype.
         capturable: keep lr, momentum and weight_decay in float32 tensors on the device, so that a step can be captured
             in a CUDA graph. `group["lr"].fill_(x)` changes what the next replay uses; a number put into the group
             becomes a tensor again in the next step(). Needs fused=True, one step before the capture, and a new capture
@@ -85,6 +78,10 @@ class Muon(torch.optim.Optimizer):
         compute_dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | None = None,
         *,
+        comms: str = "shared",
+        comms_dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        momentum_dtype: torch.dtype = torch.float32,
         ns_impl: str = "auto",
         ns_plain: bool = False,
         fused: bool = False,
@@ -102,8 +99,15 @@ class Muon(torch.optim.Optimizer):
             "compute_dtype": compute_dtype,
         }
         require(fused or not capturable, "Muon", "capturable needs fused=True", "fused=False")
+        require(comms in COMMS, "Muon", f"comms must be one of {list(COMMS)}", repr(comms))
+        require(reduction in ("mean", "sum"), "Muon", "reduction must be 'mean' or 'sum'", repr(reduction))
+        passes = comms == "shared" and momentum_dtype == torch.float32
+        got = f"{comms=} and {momentum_dtype}"
+        require(passes or not fused, "Muon", "fused needs comms='shared' and float32 momentum", got)
         self.process_group, self.fused, self.capturable = process_group, fused, capturable
-        self.ns_impl, self.ns_plain = ns_impl, ns_plain
+        self.ns_impl, self.ns_plain, self.momentum_dtype = ns_impl, ns_plain, momentum_dtype
+        alone = process_group is None or process_group.size() == 1
+        self._exchange = (Shared if alone else COMMS[comms])(process_group, comms_dtype, reduction == "mean")
         super().__init__(params, defaults)
         self.average_into({}, 0.0)
 
@@ -131,23 +135,56 @@ class Muon(torch.optim.Optimizer):
             if self.fused:
                 reason = why_not_triton(p) or (None if p.is_contiguous() else "it is not contiguous")
                 require(reason is None, "Muon", "fused needs contiguous parameters on a GPU", reason, "use fused=False")
+        self._exchange.add(group["params"])
         if self.capturable:
             devices = {p.device for p in group["params"]}
             require(len(devices) == 1, "Muon", "capturable needs groups on one device", sorted(map(str, devices)))
             _put_on_device(group)
 
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether each rank must give its own gradients instead of averaged ones."""
+        return self._exchange.takes_own_gradients
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """state_dict() with the momentum of all ranks, on rank 0; on others without momentum. Every rank must call it.
+
+        load_state_dict takes it on any number of ranks, whatever their comms.
+        """
+        full = self.state_dict()
+        state, full["state"] = full["state"], {}
+        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if index in state:
+                whole = self._exchange.whole(p, state[index]["momentum_buffer"])
+                if whole is not None:
+                    full["state"][index] = {"momentum_buffer": whole}
+        return full
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer's, but the momentum stays float32 for parameters of fewer bits."""
+        """As torch.optim.Optimizer's; momentum may be whole or this rank's own, and is kept in momentum_dtype."""
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         ours = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, ours, strict=True):
             if index in state_dict["state"]:
-                buffer = state_dict["state"][index]["momentum_buffer"]
-                self.state[p]["momentum_buffer"] = buffer.to(device=p.device, dtype=torch.float32, copy=True)
+                buffer, mine = state_dict["state"][index]["momentum_buffer"], self._new_buffer(p)
+                if buffer.shape != mine.shape:
+                    whole = f"momentum of a parameter {tuple(p.shape)} must be whole or {tuple(mine.shape)}"
+                    require(buffer.shape == p.shape, "Muon", whole, tuple(buffer.shape), "load on as many ranks")
+                    buffer = as_bank(buffer)[self._exchange.owned(p)]
+                self.state[p]["momentum_buffer"] = mine.copy_(buffer)
         if self.capturable:
             for group in self.param_groups:
                 _put_on_device(group)
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Start to reduce the gradients if comms is "parallel"; step() does it, unless this was called before.
+
+        What runs between the two, such as the step of another optimiser, runs while gradients travel.
+        """
+        if self.reduces_gradients:
+            self._exchange.reduce(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,39 +193,66 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        banks = []  # of all groups
+        if self.reduces_gradients:
+            self._step_bank_by_bank()
+        else:
+            self._step_together()
         for group in self.param_groups:
-            alike = _by_matrix_shape(p for p in group["params"] if p.grad is not None)
-            updates = self._fused_updates(alike, group) if self.fused else map(self._updates, alike, repeat(group))
-            banks += [_Bank(group, params, u) for params, u in zip(alike, updates, strict=True)]
-        for together in self._calls(banks):
-            self._orthogonalize(together)
-        for bank in banks:  # the first gathers ran under the last products
-            if bank.work is not None:
-                bank.work.wait()
-        for group in self.param_groups:
-            (self._fused_apply if self.fused else _apply)(group, [bank for bank in banks if bank.group is group])
             left = group["params"] if not self.fused else [p for p in group["params"] if p.grad is None]
             self._averages.follow(left)
         return loss
+
+    def _step_together(self) -> None:
+        banks = []  # of all groups
+        for group in self.param_groups:
+            alike = by_matrix_shape(p for p in group["params"] if p.grad is not None)
+            updates = self._fused_updates(alike, group) if self.fused else self._updates(alike, group)
+            banks += [Bank(group, params, u) for params, u in zip(alike, updates, strict=True)]
+        apart = self._exchange.one_by_one and meant(self.ns_impl) != "triton_megakernel"
+        for together in calls(banks, apart):
+            self._orthogonalize(together)
+        self._exchange.receive(banks)  # the first gathers ran under the last products
+        for group in self.param_groups:
+            (self._fused_apply if self.fused else update)(group, [bank for bank in banks if bank.group is group])
+
+    def _step_bank_by_bank(self) -> None:
+        self.reduce_gradients()
+        before = None  # its update is on its way while the next bank is orthogonalised
+        for bank in chain(self._exchange.reduced(), [None]):
+            if bank is not None:
+                bank.updates = self._advance(bank.params, [bank.gradient], bank.group)
+                self._orthogonalize([bank])
+            if before is not None:
+                self._exchange.receive([before])
+                update(before.group, [before])
+            before = bank
+
+    def _new_buffer(self, p: Tensor) -> Tensor:
+        """Zero momentum of what this rank owns of p: in p's shape if that is all, else (matrices, rows, cols)."""
+        owned = self._exchange.owned(p)
+        return torch.zeros_like(p if owned == slice(None) else as_bank(p)[owned], dtype=self.momentum_dtype)
 
     def _buffers(self, params: list[Tensor]) -> list[Tensor]:
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 capturing = p.is_cuda and torch.cuda.is_current_stream_capturing()
                 require(not capturing, "Muon", "momentum must exist before a capture", "none", "run one step before")
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
+                self.state[p]["momentum_buffer"] = self._new_buffer(p)
         return [self.state[p]["momentum_buffer"] for p in params]
 
-    def _updates(self, params: list[Tensor], group: dict[str, Any]) -> Tensor:
-        """Advance the momentum; return the updates to orthogonalise, (matrices, rows, cols), float32."""
-        buffers = self._buffers(params)
-        grads = [p.grad.float() for p in params]
+    def _updates(self, alike: list[list[Tensor]], group: dict[str, Any]) -> list[Tensor]:
+        """Advance the momentum of all shapes of a group; return the updates to orthogonalise."""
+        owned = self._exchange.owned
+        return [self._advance(params, [as_bank(p.grad)[owned(p)] for p in params], group) for params in alike]
+
+    def _advance(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """The same for one shape: (matrices, rows, cols), in the momentum's dtype. grads: of what this rank owns."""
+        buffers = [as_bank(buffer) for buffer in self._buffers(params)]
+        grads = [g.to(self.momentum_dtype) for g in grads]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads)
         updates = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
-        banks = [u.reshape(-1, *u.shape[-2:]) for u in updates]
-        return banks[0] if len(banks) == 1 else torch.cat(banks)
+        return updates[0] if len(updates) == 1 else torch.cat(updates)
 
     def _fused_updates(self, alike: list[list[Tensor]], group: dict[str, Any]) -> list[Tensor]:
         """The same for all shapes of a group; in bfloat16 if that is the compute dtype."""
@@ -198,7 +262,7 @@ class Muon(torch.optim.Optimizer):
 
         if self.capturable:
             _put_on_device(group)
-        bfloat16 = _compute_dtype(group, alike[0][0].device) == torch.bfloat16
+        bfloat16 = Bank(group, alike[0]).compute_dtype == torch.bfloat16
         return muon_passes.momentum_banks(
             [[p.grad for p in params] for params in alike],
             [self._buffers(params) for params in alike],
@@ -207,41 +271,23 @@ class Muon(torch.optim.Optimizer):
             torch.bfloat16 if bfloat16 else torch.float32,
         )
 
-    def _calls(self, banks: list["_Bank"]) -> list[list["_Bank"]]:
-        """Banks that share a call of Newton-Schulz: all that are alike, or one by one if gathers can run meanwhile."""
-        together = defaultdict(list)
-        apart = self.process_group is not None and meant(self.ns_impl) != "triton_megakernel"
-        for index, bank in enumerate(banks):
-            together[index if apart else bank.key()].append(bank)
-        return list(together.values())
-
-    def _orthogonalize(self, banks: list["_Bank"]) -> None:
-        """Newton-Schulz of every bank's updates, of which this rank does a share; complete after bank.work.wait()."""
+    def _orthogonalize(self, banks: list[Bank]) -> None:
+        """Newton-Schulz of this rank's part of every bank; complete when the exchange has received it."""
         group = banks[0].group
-        world = 1 if self.process_group is None else self.process_group.size()
-        rank = 0 if world == 1 else self.process_group.rank()
-        shares = [-(-len(bank.updates) // world) for bank in banks]  # the last ranks may hold fewer, or none
-        mine = newton_schulz_banks(
-            [bank.updates[rank * n : (rank + 1) * n] for bank, n in zip(banks, shares, strict=True)],
+        parts = newton_schulz_banks(
+            [self._exchange.mine(bank) for bank in banks],
             group["ns_steps"],
             group["ns_coefficients"],
             group["row_normalize"],
-            dtype=_compute_dtype(group, banks[0].updates.device),
+            dtype=banks[0].compute_dtype,
             plain=self.ns_plain,
             impl=self.ns_impl,
         )
-        for bank, share, part in zip(banks, shares, mine, strict=True):
-            matrices, bank.updates = len(bank.updates), None  # not needed any more
-            if world == 1:
-                bank.orthogonal = part
-                continue
-            padded = part.new_zeros(share, *part.shape[1:])
-            padded[: len(part)] = part
-            gathered = part.new_empty(world * share, *part.shape[1:])
-            bank.work = _all_gather(gathered, padded, group=self.process_group, async_op=True)
-            bank.orthogonal = gathered[:matrices]
+        for bank, part in zip(banks, parts, strict=True):
+            bank.updates = None  # not needed any more
+            self._exchange.send(bank, part)
 
-    def _fused_apply(self, group: dict[str, Any], banks: list["_Bank"]) -> None:
+    def _fused_apply(self, group: dict[str, Any], banks: list[Bank]) -> None:
         if not banks:
             return
         from . import muon_passes
@@ -256,26 +302,6 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-@dataclass(eq=False)
-class _Bank:
-    """The matrices of one shape in one group: updates, then their orthogonalised form, (matrices, rows, cols)."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    updates: Tensor | None
-    orthogonal: Tensor | None = None
-    work: dist.Work | None = None
-
-    def key(self) -> tuple:
-        """Equal for banks that one call of Newton-Schulz can take."""
-        options = (self.group[name] for name in ("ns_steps", "ns_coefficients", "row_normalize", "compute_dtype"))
-        return (self.updates.device, self.updates.dtype, *map(str, options))
-
-
-def _compute_dtype(group: dict[str, Any], device: torch.device) -> torch.dtype:
-    return group["compute_dtype"] or default_compute_dtype(device)
-
-
 def _put_on_device(group: dict[str, Any]) -> None:
     """Numbers among the hyper-parameters become float32 tensors; tensors that are in place stay the same objects."""
     device = group["params"][0].device
@@ -283,22 +309,3 @@ def _put_on_device(group: dict[str, Any]) -> None:
         value = group[name]
         placed = isinstance(value, Tensor) and value.device == device and value.dtype == torch.float32
         group[name] = value if placed else torch.full((), float(value), dtype=torch.float32, device=device)
-
-
-def _by_matrix_shape(params: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters whose matrices can share one call, in the order of first appearance (the same on every rank)."""
-    alike = defaultdict(list)
-    for p in params:
-        alike[p.shape[-2:], p.device].append(p)
-    return list(alike.values())
-
-
-def _apply(group: dict[str, Any], banks: list[_Bank]) -> None:
-    lr = group["lr"]
-    for bank in banks:
-        rows, cols = bank.orthogonal.shape[-2:]
-        counts = [p.numel() // (rows * cols) for p in bank.params]
-        updates = [o.view_as(p) for o, p in zip(bank.orthogonal.split(counts), bank.params, strict=True)]
-        if group["weight_decay"]:
-            torch._foreach_mul_(bank.params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(bank.params, updates, alpha=-lr * ADJUST_LR[group["adjust_lr"]](rows, cols))
