@@ -5,7 +5,7 @@ is absent (it scales gradients that Muon normalises away). Sources: openai/param
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .config import Config, nearest
 from .errors import InputError
@@ -193,7 +193,7 @@ class Facts:
     published_bpb: mean over the three published seeds. bpb_without_slot: of the same models; for #1217 of seed 1337
     alone, for #675 approximate. standing: of the submission. causal: whether no scored token has seen itself or a later
     one, in the published score or, without one, in ours. artifact_bytes: of the preset's seed, code included, as
-    logged. step_ms: mean over a run on eight H100s.
+    logged. step_ms: mean over a run on eight H100s. seed_bpb: the published score of each seed.
     """
 
     line: str
@@ -203,6 +203,7 @@ class Facts:
     causal: bool = True
     artifact_bytes: int | None = None
     step_ms: float | None = None
+    seed_bpb: dict[int, float] = field(default_factory=dict)
 
 
 FACTS: dict[str, Facts] = {
@@ -214,6 +215,7 @@ FACTS: dict[str, Facts] = {
         causal=False,
         artifact_bytes=15_795_518,
         step_ms=88.8,
+        seed_bpb={1337: 1.10165738, 42: 1.10377675, 2024: 1.10271384},
     ),
     "pr1128": Facts(
         "11 layers, banks; TTT, and one SLOT delta on all positions",
@@ -223,6 +225,7 @@ FACTS: dict[str, Facts] = {
         causal=False,
         artifact_bytes=15_997_676,
         step_ms=84.1,
+        seed_bpb={1337: 1.11525968, 42: 1.11561121, 2025: 1.11534655},
     ),
     "pr1333": Facts(
         "4096 tokens, depth recurrence, parallel lanes; one SLOT delta for 32 windows",
@@ -232,6 +235,7 @@ FACTS: dict[str, Facts] = {
         causal=False,
         artifact_bytes=15_999_461,
         step_ms=108.2,
+        seed_bpb={42: 1.07620919, 314: 1.07660728, 999: 1.07700722},
     ),
     "pr675": Facts(
         "11 layers, value residual; L-BFGS SLOT on the scored tokens themselves",
@@ -241,6 +245,7 @@ FACTS: dict[str, Facts] = {
         causal=False,
         artifact_bytes=15_735_483,
         step_ms=103.5,
+        seed_bpb={1337: 0.57926687, 42: 0.57840039, 2025: 0.5800723},
     ),
     "demo": Facts("minutes on two CPU cores"),
     "tiny": Facts("seconds; what the tests train"),
