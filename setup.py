@@ -199,7 +199,9 @@ def ninja_graph(ext: Extension, folder: Path, library: Path) -> str:
     for unit in ext.units:
         objects.append(path(folder / f"{unit.source.relative_to(CSRC)}.o".replace("/", "-")))
         lines.append(f"build {objects[-1]}: {unit.rule} {path(unit.source)}")
-        lines.append(f"  flags = {shlex.join(unit.flags + (includes if unit.rule == 'cxx' else includes[:1]))}")
+        # pip builds where pybind11 has a path of its own every time: kernels that do not need it are not compiled again.
+        needed = includes if unit.source.stem.startswith("bindings") else includes[:1]
+        lines.append(f"  flags = {shlex.join(unit.flags + needed)}")
     lines.append(f"build {path(library)}: link {' '.join(objects)}")
     lines.append(f"  flags = {shlex.join(ext.link)}")
     rules = RULES.format(cxx=CXX, nvcc=ext.nvcc or "nvcc")
@@ -212,7 +214,9 @@ class BuildWithNinja(build_ext):
     def build_extension(self, ext: Extension) -> None:
         # A folder per set of sanitizers: switching back must not find the other build's objects newer than its own.
         variant = re.sub(r"\W+", "-", SANITIZE) + ("-debug" if DEBUG else "") + ("-emulated" if EMULATE_AMX else "")
-        folder = Path(self.build_temp).resolve() / (ext.name + variant)
+        # pip gives every editable installation an empty folder; ours keeps the objects.
+        root = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
+        folder = root / (ext.name + variant)
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / Path(self.get_ext_filename(ext.name)).name
         (folder / "build.ninja").write_text(ninja_graph(ext, folder, library))
