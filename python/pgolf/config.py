@@ -155,7 +155,7 @@ class Config:
     slot_focal_tokens: int = 0  # only targets among so many last positions of a full window are fitted to; 0: all
     slot_buckets: int = 0  # rows of a hashed table of shifts that is fitted beside delta; 0: none
     slot_clamp: float = 0.0  # bound of every fitted value; 0: none
-    slot_warm_start: bool = False  # a batch begins with the fit of the one before it
+    slot_warm_start: bool = False  # a fit begins with the newest one of the batch before it
     ctw_weight: float = 0.1  # largest share of the context tree in the mixture
     ctw_depth: int = 4  # tokens of its longest context
     ctw_entropy: float = 2.0  # in nats: where the model is surer than this it is left alone

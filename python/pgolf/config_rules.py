@@ -58,8 +58,8 @@ CHOICES = {
     "compressor": {"brotli", "lzma"},
     "eval_windows": {"exact", "legacy", "legacy-full"},
     "slot_windows": {"", "exact", "legacy", "legacy-full"},
-    "slot_share": {"window", "window-prefix", "shared-context", "shared-prefix"}
-    | {"shared-all", "shared-all-but-last", "scored"},
+    "slot_share": {"window", "frontier", "carried", "window-prefix", "scored"}
+    | {"shared-context", "shared-prefix", "shared-all", "shared-all-but-last"},
     "slot_parameters": {"delta", "bias", "both", "logits", "temperature"},
     "slot_norm": {"after", "before"},
     "slot_optimizer": {"adamw", "hypergradient", "lbfgs", "lbfgs-joint"},
@@ -143,7 +143,7 @@ def _check_scoring(cfg: "Config") -> None:
         0 < cfg.eval_stride <= cfg.eval_seq_len,
         f"eval_stride must lie in 1..eval_seq_len {cfg.eval_seq_len}, got {cfg.eval_stride}",
     )
-    shared = cfg.slot_share.startswith("shared-")
+    shared = cfg.slot_share not in ("window", "window-prefix", "scored")
     _must(
         shared or cfg.slot_parameters != "logits",
         f"slot_parameters 'logits' needs a slot_share that is shared, got {cfg.slot_share!r}",
@@ -159,11 +159,15 @@ def _check_scoring(cfg: "Config") -> None:
         "slot_restart_steps; leave those at their defaults",
     )
     _must(
+        cfg.slot_share != "carried" or not cfg.slot_buckets and cfg.slot_parameters != "temperature",
+        "slot_buckets and slot_parameters 'temperature' are fitted before a batch is scored: slot_share must not be "
+        "'carried'",
+    )
+    _must(
         not cfg.slot_buckets or cfg.slot_parameters == "delta",
         f"slot_buckets stand beside a delta: slot_parameters must be 'delta', got {cfg.slot_parameters!r}",
     )
     _must(0 <= cfg.ctw_weight <= 1, f"ctw_weight must lie in 0..1, got {cfg.ctw_weight}")
-    _must(shared or not cfg.slot_warm_start, f"slot_warm_start needs a shared slot_share, got {cfg.slot_share!r}")
     _must(
         not shared or cfg.slot_optimizer != "lbfgs-joint",
         f"slot_optimizer 'lbfgs-joint' joins fits per window, but slot_share is {cfg.slot_share!r}; use 'lbfgs'",

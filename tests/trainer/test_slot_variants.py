@@ -156,8 +156,13 @@ def test_objectives_keep_to_the_window(share):
         "all-but-last": [7, 7, 7, 7],
         "scored": [8, 2, 2, 2],
         "window": [0, 6, 4, 0],
+        "frontier": [0, 0, 0, 0],
+        "carried": [8, 2, 2, 2],
     }[share.removeprefix("shared-").removeprefix("window-")]
     assert weights.sum(1).tolist() == want
+    if share == "frontier":  # windows of one batch end their fits at the same target, the ninth of the stream
+        weights = objective_weights(cfg, [Window(2, 8, 6), Window(4, 8, 6), Window(10, 8, 6)], 8)
+        assert weights.sum(1).tolist() == [6, 4, 0]
 
 
 def test_a_focus_and_a_half_life_weigh_the_context():
@@ -175,7 +180,7 @@ def test_a_focus_and_a_half_life_weigh_the_context():
             {"slot_parameters": "logits", "slot_share": "shared-all", "slot_norm": "before"},
             "slot_norm must be 'after', got 'before'",
         ),
-        ({"slot_warm_start": True}, "slot_warm_start needs a shared slot_share, got 'window'"),
+        ({"slot_share": "carried", "slot_parameters": "temperature"}, "slot_share must not be 'carried'"),
         ({"slot_share": "shared-all", "slot_optimizer": "lbfgs-joint"}, "use 'lbfgs'"),
         ({"slot_share": "all"}, "slot_share must be one of"),
         ({"slot_restart_steps": -1}, "slot_restart_steps must be at least 0, got -1"),

@@ -19,12 +19,16 @@ def register(steps) -> None:
     )
     p.add_argument("--published", metavar="NAME", help="score as a published system did, such as pr1217")
     p.add_argument(
-        "--share", metavar="S", help="slot: what a fit sees: window (causal), shared-context, shared-all, scored, ..."
+        "--share",
+        metavar="S",
+        help="slot: what a fit sees: window, frontier, carried; not causal: shared-context, shared-all, scored, ...",
     )
     p.add_argument("--allow-leaky", action="store_true", help="run a method that is not causal; marks it INVALID")
     p.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (default: the artifact's)")
     p.add_argument("--parameters", metavar="P", help="slot: fit delta, bias or both")
-    p.add_argument("--steps", type=int, metavar="N", help="slot: optimiser steps per window")
+    p.add_argument("--optimizer", metavar="O", help="slot: adamw, or lbfgs with a line search per fit")
+    p.add_argument("--warm-start", action="store_const", const="true", help="slot: begin with the fit before this one")
+    p.add_argument("--steps", type=int, metavar="N", help="slot: optimiser steps per fit")
     p.add_argument("--lr", type=float, metavar="X", help="slot: learning rate")
     p.add_argument("--half-life", type=float, metavar="TOKENS", help="slot: distance that halves a token's weight")
     p.add_argument("--tokens", type=int, default=0, metavar="N", help="score only the first N tokens")
@@ -60,6 +64,8 @@ def evaluate(args: Namespace) -> dict:
             ("eval_stride", args.stride),
             ("slot_share", args.share),
             ("slot_parameters", args.parameters),
+            ("slot_optimizer", args.optimizer),
+            ("slot_warm_start", args.warm_start),
             ("slot_steps", args.steps),
             ("slot_lr", args.lr),
             ("slot_half_life", args.half_life),

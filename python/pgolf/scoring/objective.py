@@ -1,7 +1,8 @@
-"""What a SLOT fit sees: the published choices by name, and for each whether a score made with it is causal.
+"""What a SLOT fit sees: every choice by name, and for each whether a score made with it is causal.
 
-A fit that is shared by a batch of overlapping windows sees, in the context of a later window, the very targets that an
-earlier window scores. So every shared form leaks, whatever it calls itself; "context-only" ones included.
+A fit that a batch of overlapping windows shares sees, in the context of a later window, the very targets that an
+earlier window scores. So every published shared form leaks, whatever it calls itself, "context-only" ones included.
+Causal are the fit per window, the shared one that stops at the batch's frontier, and the one carried behind the scores.
 """
 
 from collections.abc import Callable
@@ -18,11 +19,15 @@ Reach = Callable[[Window, list[Window], int, int], tuple[int, int]]
 
 
 class Share(NamedTuple):
-    """shared: one fit per batch instead of per window; reach: the positions it is fitted to; leak: why not causal."""
+    """shared: one fit per batch instead of per window; reach: the positions it is fitted to; leak: why not causal.
+
+    behind: a batch is scored with the fit so far, and only then fitted to, for the batches that follow it.
+    """
 
     shared: bool
     reach: Reach
     leak: str | None
+    behind: bool = False
 
 
 class Standing(NamedTuple):
@@ -34,6 +39,10 @@ class Standing(NamedTuple):
 
 def _context(w: Window, batch: list[Window], seq_len: int, stride: int) -> tuple[int, int]:
     return 0, w.score_from
+
+
+def _frontier(w: Window, batch: list[Window], seq_len: int, stride: int) -> tuple[int, int]:
+    return 0, max(min(b.start + b.score_from for b in batch) - w.start, 0)  # no target that the batch scores, nor later
 
 
 def _prefix(w: Window, batch: list[Window], seq_len: int, stride: int) -> tuple[int, int]:
@@ -55,6 +64,8 @@ def _all_but_last(w: Window, batch: list[Window], seq_len: int, stride: int) -> 
 _OVERLAP = "one fit serves overlapping windows, so the targets of one are in the context of the next"
 SHARES = {  # Config's choices of slot_share
     "window": Share(False, _context, None),
+    "frontier": Share(True, _frontier, None),
+    "carried": Share(True, _scored, None, behind=True),
     "window-prefix": Share(
         False, _prefix, "the fit of the first window and of short ones sees the targets that they score"
     ),
@@ -69,10 +80,13 @@ SHARES = {  # Config's choices of slot_share
 def standing(cfg: Config, method: str) -> Standing:
     """Whether a score of `method` ("plain", "sliding", "slot", "ttt", "slot+ttt") depends on earlier tokens alone."""
     if "slot" in method.split("+"):
-        if leak := SHARES[cfg.slot_share].leak:
-            return Standing(False, leak)
-        if cfg.slot_optimizer == "lbfgs-joint" or cfg.slot_optimizer == "hypergradient":
+        share = SHARES[cfg.slot_share]
+        if share.leak:
+            return Standing(False, share.leak)
+        if not share.shared and cfg.slot_optimizer in ("lbfgs-joint", "hypergradient"):
             return Standing(False, f"{cfg.slot_optimizer} takes one step length from all windows of a batch")
+        if share.behind and (cfg.slot_windows or cfg.eval_windows) != "exact":
+            return Standing(False, "legacy windows score the last targets again, after the state was fitted to them")
     return Standing(True, "")
 
 

@@ -1,8 +1,8 @@
-"""SLOT: before a batch of windows is scored, a small vector is fitted to some of its targets, the model frozen.
+"""SLOT: a small vector is fitted to targets of a batch of windows, the model frozen, and scores the batch or the next.
 
-One scorer runs every published form; objective.py says which targets a form sees and whether its score is causal. The
-default is strictly causal: nothing is shared between windows and the state that scores targets [s, w) of a window
-comes from its targets [0, s) alone; the first window, which has no such part, is scored as it is.
+One scorer runs every form; objective.py says which targets a form sees and whether its score is causal. The default is
+strictly causal: nothing is shared between windows and the state that scores targets [s, w) of a window comes from its
+targets [0, s) alone; the first window, which has no such part, is scored as it is.
 """
 
 from typing import NamedTuple
@@ -33,9 +33,10 @@ class Slot(BatchScorer):
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.shared = SHARES[cfg.slot_share].shared
-        self.sequential = cfg.slot_warm_start
+        self.shared, self.behind = SHARES[cfg.slot_share].shared, SHARES[cfg.slot_share].behind
+        self.sequential = cfg.slot_warm_start or self.behind
         self.last_fit: SlotFit | None = None
+        self._states: States | None = None  # of the batch that is scored and not yet fitted to
 
     def begin_slice(self) -> None:
         self.last_fit = None
@@ -47,27 +48,39 @@ class Slot(BatchScorer):
             model.head_weight(),
             model.cfg.logit_softcap,
         )
-        weights = objective_weights(cfg, batch.windows, x.shape[1])
-        targets = batch.to_fit(weights, self.shared)
+        if self.behind:
+            self._states = states
+        else:
+            self._adapt(states, batch)
+        fit, num_scored = self.last_fit, batch.num_scored
         if cfg.slot_parameters != "logits":
-            # Counted here, where the windows are known, so that a GPU need not be asked and waited for.
-            num_fitted, num_scored = (weights > 0).sum(1).tolist(), batch.num_scored
-            fit = self._fit(states, targets, weights.to(x.device, non_blocking=True), num_fitted)
-            self.last_fit = fit
             return lambda targets: self._score(states, fit, targets, scored, num_scored)
-        weights = weights.to(x.device)
-        rows = weights > 0
-        self.last_fit = fit = self._fit(_capped_rows(states, rows), targets[rows][None], weights[rows][None])
         capped = _capped_rows(states, scored)
         every = torch.ones(capped.state.shape[:2], dtype=torch.bool, device=x.device)
-        return lambda targets: self._score(capped, fit, targets[scored][None], every)
+        return lambda targets: self._score(capped, fit, targets[scored][None], every, [sum(num_scored)])
 
-    def _fit(
-        self, states: States, targets: Tensor, weights: Tensor, num_rows: list[int] | None = None
-    ) -> SlotFit | None:
+    def learn(self, batch: Batch) -> None:
+        if self.behind:
+            self._adapt(self._states, batch)
+            self._states = None
+
+    def _adapt(self, states: States, batch: Batch) -> None:
+        """Fit to the targets that slot_share names, as far as the gate gives them out."""
+        weights = objective_weights(self.cfg, batch.windows, batch.inputs.shape[1])
+        targets = batch.to_fit(weights, self.shared)
+        # Counted here, where the windows are known, so that a GPU need not be asked and waited for.
+        num_rows = (weights > 0).sum(1).tolist()
+        weights = weights.to(targets.device, non_blocking=True)
+        if self.cfg.slot_parameters == "logits":
+            rows = weights > 0
+            states, targets, weights = _capped_rows(states, rows), targets[rows][None], weights[rows][None]
+            num_rows = [sum(num_rows)]
+        self.last_fit = self._fit(states, targets, weights, num_rows)
+
+    def _fit(self, states: States, targets: Tensor, weights: Tensor, num_rows: list[int]) -> SlotFit | None:
         """Each part of slot_restart_steps steps begins with a fresh optimiser; the losses are joined."""
         cfg = self.cfg
-        fit = self.last_fit if cfg.slot_warm_start else None
+        fit = self._newest() if self.sequential else None
         every, losses = cfg.slot_restart_steps or max(cfg.slot_steps, 1), []
         for first in range(0, cfg.slot_steps, every):
             fit = slot_fit(
@@ -98,9 +111,14 @@ class Slot(BatchScorer):
             )
         return fit._replace(loss_per_step=torch.cat(losses)) if losses else fit
 
-    def _score(
-        self, states: States, fit: SlotFit | None, targets: Tensor, rows: Tensor, num_rows: list[int] | None = None
-    ) -> Tensor:
+    def _newest(self) -> SlotFit | None:
+        """The last window's part of the last fit: it knows no target that a later batch scores."""
+        if self.last_fit is None:
+            return None
+        delta, bias, losses = self.last_fit
+        return SlotFit(None if delta is None else delta[-1:], None if bias is None else bias[-1:], losses)
+
+    def _score(self, states: States, fit: SlotFit | None, targets: Tensor, rows: Tensor, num_rows: list[int]) -> Tensor:
         return slot_score(
             states.state,
             states.weight,
