@@ -72,6 +72,14 @@ def _warn_once(message: str) -> None:
     logging.getLogger("pgolf_kernels").warning(message)
 
 
+@torch.compiler.assume_constant_result
+def record(op: str, name: str) -> None:
+    """Note a choice in CHOSEN. While torch.compile traces, this runs once and leaves nothing in the graph: written
+    there directly, CHOSEN would be guarded, and the first op that joins it would compile every graph again.
+    """
+    CHOSEN[op] = name
+
+
 def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
     """Return the first implementation that can run `args`, or the one called `name`.
 
@@ -93,7 +101,7 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
         if reason is None:
             if impl is impls[-1] and skipped and not torch.compiler.is_compiling():
                 _warn_once(f"{op}: running the reference implementation ({'; '.join(skipped)})")
-            CHOSEN[op] = impl.name
+            record(op, impl.name)
             return impl
         if name != "auto":
             raise ValueError(f"{op}: impl={name!r} cannot run here: {reason}")

@@ -84,6 +84,8 @@ class Config:
     swa_every: int = 50  # every so many steps
     lawa_every: int = 100  # snapshots every so many steps,
     lawa_k: int = 10  # of which the last so many count
+    qat: str = "none"  # matrices in the forward as they will be packed: "hard" or "soft", see optimise/fake_quantise.py
+    qat_start: float = 0.15  # from the learning-rate multiplier below this on; above 1: from the first step
 
     # Schedule. With max_seconds the warmdown follows the clock, without it the step count.
     max_steps: int = 20000

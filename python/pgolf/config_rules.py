@@ -53,6 +53,7 @@ CHOICES = {
     "compile": {"auto", "on", "off"},
     "dtype": {"auto", "bfloat16", "float32"},
     "average": {"ema", "swa", "lawa", "none"},
+    "qat": {"none", "hard", "soft"},
     "muon_coefficients": {"quintic", "polar_express"},
     "calibration": {"train", "generated"},
     "compressor": {"brotli", "lzma"},

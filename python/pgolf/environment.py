@@ -33,19 +33,20 @@ class Switch:
 
 @dataclass(frozen=True)
 class Choice:
-    """1 sets a field to `value`, 0 asks for anything else."""
+    """1 sets a field to `value`, and `others`, 0 asks for anything else."""
 
     name: str
     value: str
+    others: tuple[tuple[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
 class Detail:
-    """Sets a field, where the field `of` is `value`; elsewhere it is answered with `why` it changes nothing."""
+    """Sets a field, where the field `of` is one of `values` and no Choice set it; else it is answered with `why`."""
 
     name: str
     of: str
-    value: str
+    values: tuple[str, ...]
     why: str
 
 
@@ -95,7 +96,7 @@ class Option:
 
 _GPTQ = Switch("attn_gptq", 1, others=("mlp_gptq",))
 _CTW_DETAIL = Ignored("context tree weighting is off")
-_QAT = Ignored("compiling folded it away in the published runs")
+_NO_LATE_QAT = "compiling folded it away in the published runs; --set qat=hard or qat=soft trains quantised late"
 _SWA = "the originals collected these weights and exported the EMA all the same; --average swa exports them"
 _NO_LAWA = "averaging of late snapshots is off; LAWA_ENABLED=1 turns it on"
 _UNTIED = Ignored("embedding and head are tied")
@@ -183,13 +184,13 @@ NAMES: dict[str, Field | Switch | Choice | Detail | Fixed | Same | Stage | Ignor
     "EMA_ENABLED": Ignored("the originals never read it; EMA_DECAY=0 turns averaging off"),
     "EMA_DECAY": Field("ema_decay"),
     "SWA_ENABLED": Ignored(_SWA),
-    "SWA_EVERY": Detail("swa_every", of="average", value="swa", why=_SWA),
+    "SWA_EVERY": Detail("swa_every", of="average", values=("swa",), why=_SWA),
     "LAWA_ENABLED": Choice("average", "lawa"),
-    "LAWA_K": Detail("lawa_k", of="average", value="lawa", why=_NO_LAWA),
-    "LAWA_FREQ": Detail("lawa_every", of="average", value="lawa", why=_NO_LAWA),
-    "QAT_ENABLED": Fixed(0, "quantisation while training"),
+    "LAWA_K": Detail("lawa_k", of="average", values=("lawa",), why=_NO_LAWA),
+    "LAWA_FREQ": Detail("lawa_every", of="average", values=("lawa",), why=_NO_LAWA),
+    "QAT_ENABLED": Choice("qat", "hard", others=(("qat_start", 2.0),)),  # set before it was compiled, it was alive
     "LATE_QAT": _NEVER_READ,
-    "LATE_QAT_THRESHOLD": _QAT,
+    "LATE_QAT_THRESHOLD": Detail("qat_start", of="qat", values=("hard", "soft"), why=_NO_LATE_QAT),
     # Artifact.
     "USE_GPTQ": _GPTQ,
     "GPTQ_ENABLED": _GPTQ,
@@ -280,12 +281,14 @@ def read_environment(environ: Mapping[str, str], preset_name: str, settings: Seq
             assign(rule.name, value if rule.scale == 1.0 else value * rule.scale, name)
         if isinstance(rule, Choice):
             if parse_value(label, bool, text):
-                assign(rule.name, rule.value, name)
+                for field, value in ((rule.name, rule.value), *rule.others):
+                    assign(field, value, name)
             elif getattr(config, rule.name) == rule.value:
                 raise InputError(f"{label} must be 1 with {rule.name}={rule.value}, got {text!r}")
     for name, rule in present.items():
         if isinstance(rule, Detail):
-            if changes.get(rule.of, getattr(config, rule.of)) == rule.value:
+            chosen = isinstance(NAMES.get(sources.get(rule.name)), Choice)
+            if changes.get(rule.of, getattr(config, rule.of)) in rule.values and not chosen:
                 assign(rule.name, parse_value(f"environment: {name}", FIELDS[rule.name], environ[name]), name)
             else:
                 notes.append(f"{name}={environ[name]} has no effect: {rule.why}")

@@ -172,6 +172,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.activation_dtype = torch.float32
         self.recurrence_active = cfg.recurs_at(0)
+        self.fake_quantise: Callable[[str, Tensor], Tensor] | None = None  # training's, of a bank by its name
         L, D, kv_dim = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.tok_emb = nn.Embedding(cfg.vocab_size, D)
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))  # L query, then L output matrices
@@ -243,8 +244,11 @@ class GPT(nn.Module):
         L, matrices = self.cfg.num_layers, {}
         for bank, kinds in BANKS.items():
             # unbind, not indexing: its backward stacks once, where every index would fill a bank of zeros.
-            bank = getattr(self, bank).to(self.activation_dtype).unbind()
-            matrices |= {kind: bank[i * L : (i + 1) * L] for i, kind in enumerate(kinds)}
+            weights = getattr(self, bank)
+            if self.fake_quantise is not None:
+                weights = self.fake_quantise(bank, weights)
+            weights = weights.to(self.activation_dtype).unbind()
+            matrices |= {kind: weights[i * L : (i + 1) * L] for i, kind in enumerate(kinds)}
         return matrices
 
     def trunk(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:

@@ -6,6 +6,7 @@ The clock excludes warm-up, compilation and validation.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -27,6 +28,7 @@ from .errors import InputError
 from .model import GPT, activation_dtype
 from .optimise import checkpoint
 from .optimise.averaging import make_average
+from .optimise.fake_quantise import FakeQuantiser
 from .optimise.gradients import GradientBuffer
 from .optimise.groups import Optimisers
 from .optimise.schedule import lr_multiplier, muon_momentum
@@ -47,6 +49,10 @@ class Trainer:
         self.gradients = GradientBuffer(self.model)
         self.optimisers = Optimisers(self.model, cfg, self.model.activation_dtype, ranks.group)
         self.average = make_average(self.model, cfg)
+        self.quantiser = None
+        if cfg.qat != "none":
+            shapes = {name: tuple(w.shape) for name, w in self.model.export_state().items()}
+            self.quantiser = FakeQuantiser(cfg, shapes, ranks.device)
         self.loader = self._new_loader()
         self.step = 0
         self.elapsed_s = 0.0
@@ -66,9 +72,10 @@ class Trainer:
             pin_memory=ranks.device.type == "cuda",
         )
 
-    def run_step(self, lr: float, momentum: float) -> tuple[Tensor, Tensor]:
+    def run_step(self, lr: float, momentum: float, quantised: bool = False) -> tuple[Tensor, Tensor]:
         """One optimiser step. Returns this rank's share of the mean loss, and the gradient norm, as device tensors."""
         cfg, device = self.cfg, self.ranks.device
+        self.model.fake_quantise = self.quantiser if quantised else None
         x, y = self.loader.next_batch()  # (windows of this rank, T)
         self.gradients.zero()
         loss = torch.zeros((), device=device)
@@ -78,6 +85,7 @@ class Trainer:
             part = part / cfg.train_batch_tokens
             part.backward()
             loss += part.detach()
+        self.model.fake_quantise = None  # all but training sees the weights themselves
         if cfg.grad_clip_per_rank:  # the loss is over all ranks' tokens: this rank's share of it has 1 / ranks the norm
             norm = self.gradients.clip(cfg.grad_clip_norm / self.ranks.world_size) * self.ranks.world_size
             self.gradients.all_reduce(self.ranks.group)
@@ -92,15 +100,16 @@ class Trainer:
     def warm_up(self) -> None:
         """Run a few steps, so that kernels are compiled and caches filled, then put everything back as it was.
 
-        Where recurrence switches on during the run, its graph is another one: both are prepared, so that the switch
-        costs the clock nothing.
+        Where recurrence or quantisation switches on during the run, its graph is another one: all are prepared, so
+        that the switch costs the clock nothing.
         """
         cfg = self.cfg
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        for active in sorted({cfg.recurs_at(0), cfg.recurs_at(cfg.max_steps - 1)}):
-            self.model.recurrence_active = active
+        recurrence = sorted({cfg.recurs_at(0), cfg.recurs_at(cfg.max_steps - 1)})
+        quantised = {self.quantiser is not None} | ({False} if cfg.qat_start <= 1 else set())
+        for self.model.recurrence_active, rounds in itertools.product(recurrence, sorted(quantised)):
             for _ in range(cfg.warmup_steps):
-                self.run_step(1.0, cfg.muon_momentum)
+                self.run_step(1.0, cfg.muon_momentum, rounds)
         self.model.recurrence_active = cfg.recurs_at(0)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
@@ -121,6 +130,7 @@ class Trainer:
         """Every rank calls this; all ranks hold the same state, so rank 0 writes it."""
         if self.ranks.is_main:
             state = {"elapsed_s": self.elapsed_s, "loader": self.loader.state_dict()}
+            state |= {"quantised_since": self.quantiser.since} if self.quantiser else {}
             checkpoint.save(run_dir, self.step, self.checkpoint_tensors(), state)
         self.ranks.barrier()
 
@@ -136,6 +146,8 @@ class Trainer:
             self.average.load_state_tensors(part("average."))
         self.loader.load_state_dict(state["loader"])
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        if self.quantiser:
+            self.quantiser.since = state["quantised_since"]
         self.model.recurrence_active = self.cfg.recurs_after(self.step)
 
     def finished(self) -> bool:
@@ -286,7 +298,8 @@ def _loop(trainer: Trainer, run_dir: Path, log: run.RunLog | None, progress) -> 
     while not trainer.finished():
         trainer.model.recurrence_active = cfg.recurs_at(trainer.step)
         lr = lr_multiplier(cfg, trainer.step, trainer.elapsed_s)
-        loss, norm = trainer.run_step(lr, muon_momentum(cfg, trainer.step))
+        quantised = trainer.quantiser is not None and trainer.quantiser.active_at(trainer.step, lr)
+        loss, norm = trainer.run_step(lr, muon_momentum(cfg, trainer.step), quantised)
         if cuda:
             event = torch.cuda.Event()
             event.record()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...dispatch import CHOSEN, LIBRARY, TRITON_INTERPRETED, Impl, always, choose, meant, require
+from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, meant, record, require
 from . import cpu, gpu, reference
 from .weight import Int6Weight
 
@@ -79,7 +79,7 @@ def int6_linear(x: Tensor, weight: Int6Weight, bias: Tensor | None = None, impl:
     _check(x, weight, bias)
     args = (x, weight.packed, weight.scale, bias)
     if meant(impl) in ("auto", "cpu") and cpu.why_not(*args) is None:  # what choose would find, a microsecond earlier
-        CHOSEN[OP] = "cpu"
+        record(OP, "cpu")
         return cpu.run(*args)
     return choose(OP, _fastest_first(x), impl, *args).run(*args)
 
