@@ -199,7 +199,7 @@ def ninja_graph(ext: Extension, folder: Path, library: Path) -> str:
     for unit in ext.units:
         objects.append(path(folder / f"{unit.source.relative_to(CSRC)}.o".replace("/", "-")))
         lines.append(f"build {objects[-1]}: {unit.rule} {path(unit.source)}")
-        # pip builds where pybind11 has a path of its own every time: kernels that do not need it are not compiled again.
+        # pip gives pybind11 another path every time; kernels, which do without it, are not compiled again.
         needed = includes if unit.source.stem.startswith("bindings") else includes[:1]
         lines.append(f"  flags = {shlex.join(unit.flags + needed)}")
     lines.append(f"build {path(library)}: link {' '.join(objects)}")
