@@ -68,6 +68,8 @@ class Config:
     muon_steps: int = 5  # Newton-Schulz iterations
     muon_coefficients: str = "quintic"
     muon_row_normalize: bool = False  # MuonEq-R
+    muon_comms: str = "shared"  # how ranks share Muon's work: "shared", "round_robin" or "parallel", as Muon's comms
+    muon_momentum_dtype: str = "float32"  # or "bfloat16"
     muon_projections: bool = False  # Muon owns the bigram and value-embedding projections too, else AdamW
     tied_embed_lr: float = 0.035
     embed_wd: float = 0.04

@@ -55,6 +55,8 @@ CHOICES = {
     "average": {"ema", "swa", "lawa", "none"},
     "qat": {"none", "hard", "soft"},
     "muon_coefficients": {"quintic", "polar_express"},
+    "muon_comms": {"shared", "round_robin", "parallel"},
+    "muon_momentum_dtype": {"float32", "bfloat16"},
     "calibration": {"train", "generated"},
     "compressor": {"brotli", "lzma"},
     "eval_windows": {"exact", "legacy", "legacy-full"},
@@ -120,6 +122,10 @@ def _check_training(cfg: "Config") -> None:
         f"train_batch_tokens {cfg.train_batch_tokens} must be a multiple of train_seq_len {cfg.train_seq_len}",
     )
     _must(0 <= cfg.ema_decay < 1, f"ema_decay must lie in 0..1, below 1, got {cfg.ema_decay}")
+    _must(
+        cfg.muon_comms != "parallel" or cfg.grad_clip_per_rank,
+        "muon_comms 'parallel' leaves no rank a whole gradient to clip: grad_clip_per_rank must be true, got false",
+    )
     _must(
         cfg.max_seconds == 0 or 0 <= cfg.gptq_reserve_seconds < cfg.max_seconds,
         f"gptq_reserve_seconds must leave some of max_seconds {cfg.max_seconds:g} for training, "

@@ -1,6 +1,7 @@
 """Train one GPT: `torchrun --standalone --nproc_per_node=N -m pgolf.train ...`, or `pgolf train ...` for one process.
 
-A step is: batch -> loss in micro-batches -> one all-reduce of the flat gradient -> clip -> Muon and AdamW -> average.
+A step is: batch -> loss in micro-batches -> one all-reduce of the flat gradient -> clip -> Muon and AdamW -> average;
+with muon_comms "parallel" Muon's part of the gradient goes its own way instead, bank by bank.
 The clock excludes warm-up, compilation and validation.
 """
 
@@ -46,8 +47,8 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.model = GPT(cfg).to(ranks.device)
         self.model.activation_dtype = activation_dtype(cfg, ranks.device)
-        self.gradients = GradientBuffer(self.model)
         self.optimisers = Optimisers(self.model, cfg, self.model.activation_dtype, ranks.group)
+        self.gradients = GradientBuffer(self.model, self.optimisers.reduced_here)
         self.average = make_average(self.model, cfg)
         self.quantiser = None
         if cfg.qat != "none":
@@ -127,11 +128,12 @@ class Trainer:
         return tensors
 
     def save(self, run_dir: Path) -> None:
-        """Every rank calls this; all ranks hold the same state, so rank 0 writes it."""
+        """Every rank calls this: rank 0 writes what all hold alike, and the momentum that it gathers from them."""
+        tensors = self.checkpoint_tensors()
         if self.ranks.is_main:
             state = {"elapsed_s": self.elapsed_s, "loader": self.loader.state_dict()}
             state |= {"quantised_since": self.quantiser.since} if self.quantiser else {}
-            checkpoint.save(run_dir, self.step, self.checkpoint_tensors(), state)
+            checkpoint.save(run_dir, self.step, tensors, state)
         self.ranks.barrier()
 
     def resume(self, run_dir: Path) -> None:

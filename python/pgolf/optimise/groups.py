@@ -17,7 +17,7 @@ class Optimisers:
 
     Args:
         compute_dtype: of Muon's orthogonalisation.
-        process_group: ranks that share the orthogonalisation; None: this process does all of it.
+        process_group: ranks that share Muon's work as cfg.muon_comms says; None: this process does all of it.
     """
 
     def __init__(self, model: nn.Module, cfg: Config, compute_dtype: torch.dtype, process_group=None):
@@ -39,7 +39,11 @@ class Optimisers:
             row_normalize=cfg.muon_row_normalize,
             compute_dtype=compute_dtype,
             process_group=process_group,
+            comms=cfg.muon_comms,
+            reduction="sum",  # the loss is already divided by the tokens of all ranks
+            momentum_dtype=getattr(torch, cfg.muon_momentum_dtype),
         )
+        self.reduced_here = matrices if self.muon.reduces_gradients else []  # ranks give their own gradients of these
         self.adamw = torch.optim.AdamW(
             [
                 {"params": tables, "lr": cfg.tied_embed_lr, "weight_decay": cfg.embed_wd},
@@ -61,24 +65,31 @@ class Optimisers:
             group["lr"] = group["base_lr"] * lr_multiplier
         for group in self.muon.param_groups:
             group["momentum"] = momentum
-        self.muon.step()
+        self.muon.reduce_gradients()  # on their way while AdamW steps
         self.adamw.step()
+        self.muon.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Optimiser state as name -> tensor, e.g. `qo_bank.momentum_buffer`."""
+        """Optimiser state as name -> tensor, e.g. `qo_bank.momentum_buffer`. Every rank calls it; rank 0 has it all."""
         state = {}
+        for index, momentum in self.muon.full_state_dict()["state"].items():
+            state |= {f"{self.muon_names[index]}.{key}": value for key, value in momentum.items()}
         for name, p in self._named.items():
-            for optimiser in (self.muon, self.adamw):
-                for key, value in optimiser.state.get(p, {}).items():
-                    state[f"{name}.{key}"] = value
+            state |= {f"{name}.{key}": value for key, value in self.adamw.state.get(p, {}).items()}
         return state
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """The inverse of state_tensors, on the device of each parameter (fused AdamW keeps its step counter there)."""
+        own: dict[str, dict[str, Tensor]] = {name: {} for name in self._named}
+        for key, value in state.items():
+            name, _, kind = key.rpartition(".")
+            own[name][kind] = value
+        muon = self.muon.state_dict()
+        muon["state"] = {index: own[name] for index, name in enumerate(self.muon_names) if own[name]}
+        self.muon.load_state_dict(muon)
         for name, p in self._named.items():
-            owner = self.muon if name in self.muon_names else self.adamw
-            mine = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.rpartition(".")[0] == name}
-            owner.state[p] = {k: v.to(p.device, copy=True) for k, v in mine.items()}
+            if name not in self.muon_names:
+                self.adamw.state[p] = {key: value.to(p.device, copy=True) for key, value in own[name].items()}
 
     def reset(self) -> None:
         """Forget all state, as if no step had been taken."""
