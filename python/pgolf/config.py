@@ -54,7 +54,7 @@ class Config:
     bf16_skip_gates: bool = False  # so do the gates of the skips
 
     # Data
-    loader: str = "coprime"  # or "sequential"
+    loader: str = "coprime"  # or "sequential", "shuffled"
     train_shards: int = 0  # use at most this many shards, from the first; 0: all
     train_seq_len: int = 2048
     train_batch_tokens: int = 786432  # per optimiser step, over all ranks

@@ -49,7 +49,7 @@ NOT_NEGATIVE = (
 )
 CLIPS = ("search", "max", "quantile")
 CHOICES = {
-    "loader": {"coprime", "sequential"},
+    "loader": {"coprime", "sequential", "shuffled"},
     "compile": {"auto", "on", "off"},
     "dtype": {"auto", "bfloat16", "float32"},
     "average": {"ema", "swa", "lawa", "none"},

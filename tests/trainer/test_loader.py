@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.data.loader import CoprimeLoader, SequentialLoader, coprime_seed, make_loader, seed_path
+from pgolf.data.loader import CoprimeLoader, SequentialLoader, ShuffledLoader, coprime_seed, make_loader, seed_path
 from pgolf.data.shards import shard_name, write_shard
 from pgolf.errors import InputError
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "loader.npz")
-KINDS = ["sequential", "coprime"]
+KINDS = ["sequential", "coprime", "shuffled"]
 
 
 def write_random(directory: Path, sizes: list[int]) -> tuple[list[Path], list[np.ndarray]]:
@@ -118,6 +118,62 @@ def test_resume_is_exact_on_any_number_of_ranks(tmp_path, kind):
         assert sorted(rows.tolist()) == sorted(x.tolist())
 
 
+def published_shuffle(sizes: list[int], rank: int, ranks: int, seq_len: int, count: int):
+    """#1394's loader on one of its ranks, written anew: (shard, first token) of `count` windows a batch, for ever."""
+    mine = range(rank, len(sizes), ranks)
+    rng = np.random.Generator(np.random.PCG64(rank))
+
+    def shuffled(n: int) -> list[int]:
+        top = min(seq_len - 1, max(0, n - seq_len - 1))
+        phase = int(rng.integers(top + 1)) if top else 0
+        return [phase + int(k) * seq_len for k in rng.permutation((n - 1 - phase) // seq_len)]
+
+    waiting = {shard: shuffled(sizes[shard]) for shard in mine}
+    while True:
+        batch = []
+        for _ in range(count):
+            if not any(waiting.values()):
+                waiting = {shard: shuffled(sizes[shard]) for shard in mine}
+            left = np.array([len(windows) for windows in waiting.values()], dtype=np.float64)
+            shard = mine[int(rng.choice(len(mine), p=left / left.sum()))]
+            batch.append((shard, waiting[shard].pop()))
+        yield batch
+
+
+def test_shuffled_windows_of_the_published_loader(tmp_path):
+    """On eight ranks, over several passes; the eleventh shard is one window long and the twelfth too short for any."""
+    sizes = [200, 333, 128, 97, 410, 64, 150, 222, 90, 301, 17, 16]
+    paths, arrays = write_random(tmp_path, sizes)
+    ranks = [ShuffledLoader(paths, 16, 16 * 24, rank, 8) for rank in range(8)]
+    published = [published_shuffle(sizes, rank, 8, 16, 3) for rank in range(8)]
+    for _ in range(30):
+        for loader, batches in zip(ranks, published, strict=True):
+            x, y = loader.next_batch()
+            rows = np.stack([arrays[shard][start : start + 17] for shard, start in next(batches)])
+            np.testing.assert_array_equal(x, rows[:, :-1])
+            np.testing.assert_array_equal(y, rows[:, 1:])
+
+
+def test_shuffled_passes_read_every_window_once_and_shards_in_proportion(tmp_path):
+    """One slice: seven windows a batch has no common divisor with eight ranks."""
+    paths, _ = write_random(tmp_path, [16 * 300 + 16, 16 * 100 + 16])
+    loader = ShuffledLoader(paths, 16, 16 * 7)
+    assert len(loader.slices) == 1
+    total = int(loader.slices[0].left.sum())
+    windows = [window for _ in range(total // 7) for window in loader.next_windows()]
+    assert len(set(windows)) == len(windows)
+    first = [shard for shard, _ in windows[:140]]
+    assert 0.6 < first.count(0) / len(first) < 0.9  # three quarters of the windows are the first shard's
+
+
+@pytest.mark.parametrize(("sizes", "slices"), [([100] * 8, 8), ([100] * 7, 4), ([100, 100, 10], 2), ([100], 1)])
+def test_every_shuffled_slice_owns_a_shard(tmp_path, sizes, slices):
+    paths, _ = write_random(tmp_path, sizes)
+    loader = ShuffledLoader(paths, 16, 16 * 8, rank=1, world_size=2)
+    assert len(loader.slices) == slices
+    assert loader.next_batch()[0].shape == (4, 16)
+
+
 def test_moving_the_data_does_not_change_the_batches(tmp_path):
     paths, _ = write_random(tmp_path, [300, 400])
     first = CoprimeLoader(paths, 16, 256).next_windows()
@@ -167,7 +223,7 @@ def test_errors_say_what_and_why(tmp_path, kind):
         make_loader(kind, paths, 8, 80).load_state_dict(state)
     with pytest.raises(InputError, match="shard_tokens must be as saved"):
         make_loader(kind, paths[:1], 16, 160).load_state_dict(state)
-    other = make_loader(KINDS[1 - KINDS.index(kind)], paths, 16, 160)
+    other = make_loader(KINDS[KINDS.index(kind) - 1], paths, 16, 160)
     with pytest.raises(InputError, match="kind must be as saved"):
         other.load_state_dict(state)
     with pytest.raises(InputError, match="kind must be one of"):

@@ -1,12 +1,14 @@
 """Batches from shards, bit for bit those of the published systems; the order is fixed by the data, not by a seed.
 
 SequentialLoader reads the shards as one endless stream. CoprimeLoader visits each shard's blocks in a stride coprime to
-their number and mixes several shards in a batch. Both know only whole batches: every rank draws the same one and keeps
-its share, so the union over ranks is the one-rank batch, and micro-batches are for the caller to cut.
+their number and mixes several shards in a batch. ShuffledLoader draws every window by chance from its slice of the
+shards. All know only whole batches: every rank draws the same one and keeps its share, so the union over ranks is the
+one-rank batch, and micro-batches are for the caller to cut.
 """
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,8 @@ from torch import Tensor
 from ..errors import InputError
 from .shards import open_shard
 
-# The published runs used eight ranks. The coprime loader's mixing width and the sequential loader's slices depend on
-# that number; keeping it at eight makes the batches of 1, 2, 4 and 8 ranks the same.
+# The published runs used eight ranks. The coprime loader's mixing width and the slices of the other two depend on that
+# number; keeping it at eight makes the batches of 1, 2, 4 and 8 ranks the same.
 REFERENCE_RANKS = 8
 MIXING_BATCHES = 1800  # batches over which the coprime loader widens its mix
 MASK64 = (1 << 64) - 1
@@ -38,7 +40,7 @@ def coprime_seed(paths: list[str]) -> int:
 
 
 class _Loader:
-    """What both loaders share: the shards, the shape of a batch and this rank's share of it."""
+    """What all loaders share: the shards, the shape of a batch and this rank's share of it."""
 
     kind: str
 
@@ -165,7 +167,21 @@ class SequentialLoader(_Loader):
         self.slices, self.position = state["slices"], state["position"]
 
 
-class CoprimeLoader(_Loader):
+class _WindowLoader(_Loader):
+    """Loaders whose batch is a list of windows anywhere in the shards; rank r of W takes windows r, r + W, ..."""
+
+    next_windows: Callable[[], list[tuple[int, int]]]
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this rank, int64 [windows / world_size, seq_len] on the CPU."""
+        local = self.next_windows()[self.rank :: self.world_size]
+        windows = np.empty((len(local), self.seq_len + 1), dtype=np.uint16)
+        for row, (shard, start) in enumerate(local):
+            windows[row] = self.shards[shard][start : start + self.seq_len + 1]
+        return self._split(windows)
+
+
+class CoprimeLoader(_WindowLoader):
     """Windows from several shards per batch, each shard's blocks visited in a stride coprime to their number.
 
     Every rank runs the same generator over the whole batch and takes windows r, r + W, ... The first batches mix 8
@@ -197,14 +213,6 @@ class CoprimeLoader(_Loader):
         self.eligible = [i for i, tokens in enumerate(self.shards) if len(tokens) > seq_len]
         self.cursors: list[_Cursor | None] = [None] * len(shards)
         self.batches = 0
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this rank, int64 [windows / world_size, seq_len] on the CPU."""
-        local = self.next_windows()[self.rank :: self.world_size]
-        windows = np.empty((len(local), self.seq_len + 1), dtype=np.uint16)
-        for row, (shard, start) in enumerate(local):
-            windows[row] = self.shards[shard][start : start + self.seq_len + 1]
-        return self._split(windows)
 
     def next_windows(self) -> list[tuple[int, int]]:
         """The whole batch as (shard, first token), over all ranks. The order of random calls is the published one."""
@@ -286,7 +294,100 @@ class _Cursor:
         self.phase, self.blocks, self.start, self.stride, self.used = phase, blocks, start, stride, used
 
 
-LOADERS = {loader.kind: loader for loader in (SequentialLoader, CoprimeLoader)}
+class ShuffledLoader(_WindowLoader):
+    """Windows in random order: each is drawn from a shard with a chance in proportion to the windows it has left.
+
+    The shards are dealt to slices, slice r of S owns r, r + S, ... and draws by a generator of its own; window i of a
+    batch is the next one of slice i mod S, so that on S ranks each reads its own shards alone, as published. A shard's
+    windows are shuffled from a random phase on; once a slice has none left, all its shards begin a new pass.
+
+    Args:
+        shards: paths in reading order.
+        seq_len: window length in tokens.
+        batch_tokens: targets per batch over all ranks.
+
+    Source: `ShuffledSequenceLoader` of openai/parameter-golf #1394.
+    """
+
+    kind = "shuffled"
+
+    def __init__(
+        self,
+        shards: list[Path],
+        seq_len: int,
+        batch_tokens: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(shards, seq_len, batch_tokens, rank, world_size, pin_memory)
+        sizes = [len(tokens) for tokens in self.shards]
+        # As many as the published runs had ranks, or the most of which each owns a shard long enough.
+        most = math.gcd(self.num_windows, REFERENCE_RANKS)
+        slices = next(
+            n
+            for n in range(most, 0, -1)
+            if most % n == 0 and all(max(sizes[r::n], default=0) > seq_len for r in range(n))
+        )
+        self.slices = [_Shuffle(r, sizes[r::slices], seq_len) for r in range(slices)]
+
+    def next_windows(self) -> list[tuple[int, int]]:
+        """The whole batch as (shard, first token), over all ranks. The order of random calls is the published one."""
+        count = len(self.slices)
+        drawn = [shuffle.draw(self.num_windows // count) for shuffle in self.slices]
+        return [(shard * count + r, start) for row in zip(*drawn, strict=True) for r, (shard, start) in enumerate(row)]
+
+    def state_dict(self) -> dict:
+        """Everything a later run needs to continue with the next batch; JSON-serialisable."""
+        return self._shape() | {"slices": [shuffle.state() for shuffle in self.slices]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._check(state)
+        for shuffle, saved in zip(self.slices, state["slices"], strict=True):
+            shuffle.load(saved)
+
+
+class _Shuffle:
+    """One slice of the shuffled loader: `order[s]` are the first tokens of shard s's windows, read from the end."""
+
+    def __init__(self, seed: int, sizes: list[int], seq_len: int) -> None:
+        self.sizes, self.seq_len = sizes, seq_len
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self.pass_state = self.rng.bit_generator.state  # kept instead of millions of positions: they follow from it
+        self.order = [self._shuffled(size) for size in self.sizes]
+        self.left = np.array([len(order) for order in self.order], dtype=np.float64)
+
+    def _shuffled(self, num_tokens: int) -> np.ndarray:
+        max_phase = min(self.seq_len - 1, max(0, num_tokens - self.seq_len - 1))
+        phase = int(self.rng.integers(max_phase + 1)) if max_phase > 0 else 0
+        return phase + self.rng.permutation(max(num_tokens - 1 - phase, 0) // self.seq_len) * self.seq_len
+
+    def draw(self, count: int) -> list[tuple[int, int]]:
+        """The next `count` windows as (shard of this slice, first token)."""
+        windows = []
+        for _ in range(count):
+            if not self.left.any():
+                self._begin_pass()
+            shard = int(self.rng.choice(len(self.left), p=self.left / self.left.sum()))
+            self.left[shard] -= 1
+            windows.append((shard, int(self.order[shard][int(self.left[shard])])))
+        return windows
+
+    def state(self) -> dict:
+        left = [int(n) for n in self.left]
+        return {"pass_state": self.pass_state, "left": left, "rng": self.rng.bit_generator.state}
+
+    def load(self, state: dict) -> None:
+        self.rng.bit_generator.state = state["pass_state"]
+        self._begin_pass()
+        self.left[:] = state["left"]
+        self.rng.bit_generator.state = state["rng"]
+
+
+LOADERS = {loader.kind: loader for loader in (SequentialLoader, CoprimeLoader, ShuffledLoader)}
 
 
 def make_loader(
@@ -297,8 +398,8 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-) -> SequentialLoader | CoprimeLoader:
-    """The loader called `kind` ("sequential" or "coprime") at the start of its data."""
+) -> SequentialLoader | CoprimeLoader | ShuffledLoader:
+    """The loader called `kind` ("sequential", "coprime" or "shuffled") at the start of its data."""
     if kind not in LOADERS:
         raise InputError(f"loader: kind must be one of {sorted(LOADERS)}, got {kind!r}")
     return LOADERS[kind](shards, seq_len, batch_tokens, rank, world_size, pin_memory)
