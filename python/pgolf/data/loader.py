@@ -6,6 +6,8 @@ shards. All know only whole batches: every rank draws the same one and keeps its
 one-rank batch, and micro-batches are for the caller to cut.
 """
 
+import bisect
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -358,7 +360,7 @@ class _Shuffle:
     def _begin_pass(self) -> None:
         self.pass_state = self.rng.bit_generator.state  # kept instead of millions of positions: they follow from it
         self.order = [self._shuffled(size) for size in self.sizes]
-        self.left = np.array([len(order) for order in self.order], dtype=np.float64)
+        self.left = [len(order) for order in self.order]
 
     def _shuffled(self, num_tokens: int) -> np.ndarray:
         max_phase = min(self.seq_len - 1, max(0, num_tokens - self.seq_len - 1))
@@ -369,21 +371,23 @@ class _Shuffle:
         """The next `count` windows as (shard of this slice, first token)."""
         windows = []
         for _ in range(count):
-            if not self.left.any():
+            if not any(self.left):
                 self._begin_pass()
-            shard = int(self.rng.choice(len(self.left), p=self.left / self.left.sum()))
+            # What rng.choice(len(left), p=left / sum(left)) computes, without its checks: 384 of them a batch add up.
+            total = sum(self.left)
+            cumulated = list(itertools.accumulate(n / total for n in self.left))
+            shard = bisect.bisect_right([c / cumulated[-1] for c in cumulated], self.rng.random())
             self.left[shard] -= 1
-            windows.append((shard, int(self.order[shard][int(self.left[shard])])))
+            windows.append((shard, int(self.order[shard][self.left[shard]])))
         return windows
 
     def state(self) -> dict:
-        left = [int(n) for n in self.left]
-        return {"pass_state": self.pass_state, "left": left, "rng": self.rng.bit_generator.state}
+        return {"pass_state": self.pass_state, "left": list(self.left), "rng": self.rng.bit_generator.state}
 
     def load(self, state: dict) -> None:
         self.rng.bit_generator.state = state["pass_state"]
         self._begin_pass()
-        self.left[:] = state["left"]
+        self.left = list(state["left"])
         self.rng.bit_generator.state = state["rng"]
 
 
