@@ -132,6 +132,7 @@ class Trainer:
         tensors = self.checkpoint_tensors()
         if self.ranks.is_main:
             state = {"elapsed_s": self.elapsed_s, "loader": self.loader.state_dict()}
+            state |= {"config": json.loads(self.cfg.to_json())}
             state |= {"quantised_since": self.quantiser.since} if self.quantiser else {}
             checkpoint.save(run_dir, self.step, tensors, state)
         self.ranks.barrier()
@@ -225,6 +226,11 @@ def _train(
             f"= {cfg.train_seq_len} x {ranks.world_size}; use --set train_batch_tokens=..."
         )
     dataset = Dataset.open(data, tokenizer, vocab_size=cfg.vocab_size)
+    kept = run_dir / run.TOKENIZER
+    if resume and kept.exists() and kept.read_bytes() != dataset.tokenizer.model:
+        raise InputError(
+            f"{data}: its tokenizer is not the one that {run_dir} was trained with; use the data of that run"
+        )
     validation_tokens(cfg, dataset, cfg.val_tokens)  # too few would otherwise show only when training is over
     trainer = Trainer(cfg, dataset, ranks)
     ranks.barrier()  # every rank has accepted its input before rank 0 writes anything
@@ -350,6 +356,8 @@ def _check_run_directory(cfg: Config, run_dir: Path, resume: bool) -> None:
         raise InputError(f"{run_dir}: holds a run already; continue it with --resume or name another directory")
     if resume and run.read_config(run_dir) != cfg:
         raise InputError(f"{run_dir}: --resume continues the run as it was configured; drop the other settings")
+    if resume:
+        checkpoint.check(run_dir, cfg)
 
 
 def _open_run(cfg: Config, dataset: Dataset, run_dir: Path, ranks: distributed.Ranks, on_event) -> run.RunLog:

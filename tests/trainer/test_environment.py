@@ -122,6 +122,8 @@ def test_names_without_effect_are_reported_once_each():
         ("LN_SCALE=maybe", "LN_SCALE must be true or false, got 'maybe'"),
         ("VE_LAYERS=a,b", "VE_LAYERS must be numbers separated by commas, got 'a,b'"),
         ("VE_LAYERS=9,11", "VE_LAYERS=9,11: config: ve_layers must name layers below 11"),
+        ("RECUR_LAYERS=4,11", "RECUR_LAYERS=4,11: config: recur_layers must name layers below 11"),
+        ("PARALLEL_START_LAYER=11", "PARALLEL_START_LAYER=11: config: parallel_start_layer must name a layer below"),
         ("COMPRESSOR=zip", "COMPRESSOR=zip: config: compressor must be one of"),
         ("MAX_WALLCLOCK_SECONDS=5", "gptq_reserve_seconds must leave some of max_seconds 5"),
         ("TIE_EMBEDDINGS=0", "TIE_EMBEDDINGS must be 1, got '0': an untied head"),

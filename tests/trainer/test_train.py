@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import torch
 from conftest import environment
 from safetensors.torch import load_file
 
-from pgolf import run
+from pgolf import distributed, run
+from pgolf.data.dataset import Dataset
+from pgolf.distributed import Ranks
 from pgolf.errors import InputError
 from pgolf.optimise import checkpoint
 from pgolf.presets import preset
-from pgolf.train import micro_batch_windows
+from pgolf.train import micro_batch_windows, train
 
 STEPS = 12
 
@@ -78,8 +81,6 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(reference_run, data
 
 
 def test_a_run_that_died_before_its_first_checkpoint_resumes_from_the_start(reference_run, dataset_dir, tmp_path):
-    from pgolf.train import train
-
     run.write_atomically(tmp_path / run.CONFIG, (reference_run / run.CONFIG).read_bytes())
     train(run.read_config(tmp_path), dataset_dir, tmp_path, resume=True, device="cpu")
     np.testing.assert_allclose([*losses(tmp_path).values()], [*losses(reference_run).values()], rtol=2e-5)
@@ -145,6 +146,73 @@ def test_wrong_arguments_are_one_line_and_leave_nothing(dataset_dir, tmp_path, c
     assert message in error
     assert "\n" not in error
     assert not out.exists()
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Whatever opens data fails the test: a refusal must come before."""
+
+    def fail(*arguments, **options):
+        pytest.fail("data was opened before the refusal")
+
+    monkeypatch.setattr(Dataset, "open", fail)
+
+
+@pytest.mark.parametrize(("windows", "ranks"), [(32, 3), (32, 64), (1, 2)])
+def test_ranks_that_do_not_divide_the_batch_are_refused_before_data_is_read(
+    tmp_path, monkeypatch, unreadable, windows, ranks
+):
+    monkeypatch.setattr(distributed, "start", lambda device: Ranks(0, ranks, torch.device("cpu")))
+    cfg = preset("tiny").replace(train_batch_tokens=64 * windows)
+    message = f"train_batch_tokens {64 * windows} must be a multiple of train_seq_len x ranks = 64 x {ranks}; use --set"
+    with pytest.raises(InputError, match=message):
+        train(cfg, tmp_path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("recur_layers=1,4", r"recur_layers must name layers below 4, got (1, 4)"),
+        ("recur_layers=-1", r"recur_layers must name layers below 4, got (-1,)"),
+        ("parallel_start_layer=4", "parallel_start_layer must name a layer below num_layers 4, got 4"),
+        ("parallel_start_layer=-1", "parallel_start_layer must be at least 0, got -1"),
+        ("attn_bits=4", "attn_bits must lie in 5..8, got 4"),
+        ("mlp_bits=9", "mlp_bits must lie in 5..8, got 9"),
+        ("embed_bits=1", "embed_bits must lie in 5..8, got 1"),
+        ("loader=random", "loader must be one of ['coprime', 'sequential', 'shuffled'], got 'random'"),
+        ("average=mean", "average must be one of ['ema', 'lawa', 'none', 'swa'], got 'mean'"),
+        ("qat=late", "qat must be one of ['hard', 'none', 'soft'], got 'late'"),
+    ],
+)
+def test_impossible_values_are_refused_before_data_is_read(tmp_path, capsys, unreadable, setting, message):
+    from pgolf.cli import main
+
+    assert main([str(a) for a in arguments(tmp_path, tmp_path / "run", "--set", setting)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_preset_is_refused_before_data_is_read(reference_run, tmp_path, unreadable):
+    shutil.copytree(reference_run / "checkpoints", tmp_path / "run/checkpoints")
+    cfg = preset("demo").replace(max_steps=STEPS)
+    run.write_atomically(tmp_path / "run" / run.CONFIG, cfg.to_json().encode())
+    with pytest.raises(
+        InputError, match="belongs to another run: its preset is 'tiny', this run's 'demo'; put the run's"
+    ):
+        train(cfg, tmp_path, tmp_path / "run", resume=True, device="cpu")
+    theirs = run.read_config(reference_run).replace(seed=99)
+    run.write_atomically(tmp_path / "run" / run.CONFIG, theirs.to_json().encode())
+    with pytest.raises(InputError, match="its seed is 1337, this run's 99"):
+        train(theirs, tmp_path, tmp_path / "run", resume=True, device="cpu")
+
+
+def test_resume_refuses_another_tokenizer(reference_run, dataset_dir, tmp_path):
+    """Of as many pieces, but not the run's."""
+    shutil.copytree(reference_run, tmp_path / "run")
+    (tmp_path / "run" / run.TOKENIZER).write_bytes(b"another model of 512 pieces")
+    with pytest.raises(InputError, match="its tokenizer is not the one that .* was trained with; use the data of that"):
+        train(run.read_config(reference_run), dataset_dir, tmp_path / "run", resume=True, device="cpu")
 
 
 def test_missing_data_says_how_to_make_it(tmp_path, capsys):

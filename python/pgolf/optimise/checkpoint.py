@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..config import Config
 from ..errors import InputError
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -58,6 +59,27 @@ def latest(run_dir: Path) -> Path | None:
     folder = run_dir / "checkpoints"
     found = sorted(p for p in folder.glob("step_*") if p.suffix != ".partial") if folder.is_dir() else []
     return found[-1] if found else None
+
+
+def check(run_dir: Path, config: Config) -> None:
+    """Refuse a newest checkpoint that another run wrote; its tensors are not read.
+
+    Raises:
+        InputError: its config is another one, or it cannot be read.
+    """
+    path = latest(run_dir)
+    if path is None:
+        return
+    try:
+        found = json.loads((path / STATE).read_text()).get("config") or {}
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"checkpoint {path}: cannot be read ({error}); delete it to start again") from error
+    for name, ours in json.loads(config.to_json()).items():
+        if found.get(name) != ours:
+            raise InputError(
+                f"checkpoint {path}: belongs to another run: its {name} is {found.get(name)!r}, this run's {ours!r}; "
+                f"put the run's own checkpoint back or delete {path} to start again"
+            )
 
 
 def load(run_dir: Path) -> tuple[dict[str, Tensor], dict]:
