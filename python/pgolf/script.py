@@ -102,23 +102,24 @@ def free_directory(root: Path, cfg: Config) -> Path:
     return root / (name if number == 1 else f"{name}_{number}")
 
 
-def log_lines(cfg: Config) -> Callable[[str, dict], None]:
-    """Prints a run's events as the originals do: milliseconds, colons, four digits."""
+def log_lines(cfg: Config, say: Callable[[str], object] | None = None) -> Callable[[str, dict], None]:
+    """Says a run's events as the originals do: milliseconds, colons, four digits. say: None prints."""
+    say = say or _say
 
     def line(event: str, values: dict) -> None:
         if event == "start":
-            _say(f"model_params:{values['parameters']} world_size:{values['world_size']} dtype:{values['dtype']}")
+            say(f"model_params:{values['parameters']} world_size:{values['world_size']} dtype:{values['dtype']}")
         elif event in ("step", "validate", "end"):
             step, ms = values["step"], 1e3 * values.get("elapsed_s", values.get("train_seconds", 0.0))
             clock = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             if event == "step":
-                _say(f"step:{step}/{cfg.max_steps} train_loss:{values['loss']:.4f} {clock}")
+                say(f"step:{step}/{cfg.max_steps} train_loss:{values['loss']:.4f} {clock}")
                 return
             if event == "end" and step < cfg.max_steps:
-                _say(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{step}/{cfg.max_steps}")
+                say(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{step}/{cfg.max_steps}")
             averaged = event == "end" and cfg.averages
             which = f"DIAGNOSTIC post_{cfg.average}" if averaged else f"step:{step}/{cfg.max_steps}"
-            _say(f"{which} val_loss:{values['val_loss']:.4f} val_bpb:{values['val_bpb']:.4f} {clock}")
+            say(f"{which} val_loss:{values['val_loss']:.4f} val_bpb:{values['val_bpb']:.4f} {clock}")
 
     return line
 

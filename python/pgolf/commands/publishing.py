@@ -1,4 +1,4 @@
-"""Runs to what others read: `pgolf report` and `stats`."""
+"""Runs to what others read: `pgolf report`, `stats` and `submit`."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -12,6 +12,23 @@ def register(steps) -> None:
 
     p = add_command(steps, "stats", stats, "mean, spread and tests over the seeds of one config")
     add_seeds(p)
+    p.add_argument("--method", action="append", default=[], metavar="M", help="a score to report (default: all causal)")
+    p.add_argument("--allow-leaky", action="store_true", help="report scores that are not causal, stamped INVALID")
+
+    p = add_command(steps, "submit", submit, "the folder of a pull request to openai/parameter-golf")
+    add_seeds(p)
+    p.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder, which must not exist yet")
+    p.add_argument("--author", required=True, metavar="NAME")
+    p.add_argument("--github-id", required=True, metavar="LOGIN")
+    p.add_argument("--name", required=True, metavar="TITLE", help="what the submission is called")
+    p.add_argument("--blurb", default="", metavar="TEXT", help="one paragraph on what is different")
+    p.add_argument("--method", metavar="M", help="the score that counts (default: the one that is audited)")
+    p.add_argument(
+        "--track",
+        choices=("10min_16mb", "non_record_16mb"),
+        default="10min_16mb",
+        help="non_record_16mb asks neither for three seeds nor for the clocks (default: 10min_16mb)",
+    )
 
 
 def add_seeds(p: ArgumentParser) -> None:
@@ -24,8 +41,6 @@ def add_seeds(p: ArgumentParser) -> None:
         metavar="WHAT",
         help='what to beat: a published system ("pr1217"), bits per byte, a JSON file or runs',
     )
-    p.add_argument("--method", action="append", default=[], metavar="M", help="a score to report (default: all causal)")
-    p.add_argument("--allow-leaky", action="store_true", help="report scores that are not causal, stamped INVALID")
     p.add_argument(
         "--allow-unreported", metavar="REASON", help="why started runs of this config are missing; it is published"
     )
@@ -44,4 +59,24 @@ def stats(args: Namespace) -> dict:
 
     result = statistics.stats(args.run_dirs, args.against, args.method, args.allow_leaky, args.allow_unreported)
     say(args, "\n".join(statistics.lines(result)))
+    return result
+
+
+def submit(args: Namespace) -> dict:
+    from ..publish.submission import Author
+    from ..publish.submission import submit as write_folder
+
+    result = write_folder(
+        args.run_dirs,
+        args.out,
+        Author(args.author, args.github_id, args.name, args.blurb),
+        method=args.method,
+        against=args.against,
+        track=args.track,
+        allow_unreported=args.allow_unreported,
+    )
+    for name, size in result["files"].items():
+        say(args, f"{size:12,} {name}")
+    content = result["submission"]
+    say(args, f"wrote {result['out']}: val_bpb {content['val_bpb']:.8f}, {content['bytes_total']:,} bytes at most")
     return result

@@ -1,0 +1,96 @@
+"""What a submission may say about its own honesty: only what audit.json proves of this very artifact and method."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from .. import run
+from ..errors import InputError
+from .seeds import SeedRun, read_object
+
+AUDIT = "audit.json"
+CONDITIONS = {
+    "C1": "strict causal dependence",
+    "C2": "full normalised distribution",
+    "C3": "score before update",
+    "C4": "single left-to-right pass",
+    "data": "data",
+    "budget": "budgets",
+}
+
+
+def read_audit(path: Path) -> dict:
+    """An audit.json whose own digest holds.
+
+    Raises:
+        InputError: there is none, or it was changed after the audit wrote it.
+    """
+    audit = read_object(path)
+    if not audit:
+        raise InputError(f"{path}: there is no audit; make one with `pgolf audit ARTIFACT --data DIR --method M`")
+    content = {name: value for name, value in audit.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    if digest != audit.get("sha256"):
+        raise InputError(
+            f"{path}: was changed after the audit: its content has sha256 {digest}, it says {audit.get('sha256')}; "
+            "audit the artifact again"
+        )
+    return audit
+
+
+def audit_of(r: SeedRun, method: str) -> dict:
+    """The run's audit, checked to be of its artifact, of `method` as it was scored, and passed.
+
+    Raises:
+        InputError: it is not; a failed one names the violated conditions.
+    """
+    path = r.path / AUDIT
+    audit, score = read_audit(path), r.scores[method]
+    artifact = hashlib.sha256((r.path / run.ARTIFACT).read_bytes()).hexdigest()
+    if audit["artifact_sha256"] != artifact:
+        raise InputError(
+            f"{path}: is of an artifact with sha256 {audit['artifact_sha256'][:12]}, {run.ARTIFACT} has "
+            f"{artifact[:12]}; audit it again"
+        )
+    if audit["method"] != score["method"]:
+        raise InputError(f"{path}: audits the method {audit['method']!r}, the score is of {score['method']!r}")
+    ours, theirs = score["settings"], audit["settings"]
+    if fields := sorted(name for name, value in ours.items() if name not in theirs or theirs[name] != value):
+        shown = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours[name]!r} in the score" for name in fields)
+        raise InputError(f"{path}: audits other settings: {shown}")
+    if audit["verdict"] != "pass":
+        raise InputError(
+            f"{path}: the audit did not pass; violated: {', '.join(map(str, audit['violated'])) or 'none'}"
+        )
+    return audit
+
+
+def verdict(audit: dict, condition: str) -> str:
+    """ "pass" if at least one test of the condition ran and none failed, else "fail" or "not run"."""
+    verdicts = {t["verdict"] for t in audit["tests"] if t["condition"] == condition}
+    return "fail" if "fail" in verdicts else "pass" if "pass" in verdicts else "not run"
+
+
+def holds(audits: list[dict], condition: str) -> bool:
+    """Whether every seed's audit passes the condition."""
+    return all(verdict(audit, condition) == "pass" for audit in audits)
+
+
+def fields(audits: list[dict], clocks: list[dict], totals: list[int], limit_s: float, limit_bytes: int) -> dict:
+    """The flat truth values of submission.json, under the names that its readers know."""
+    parts = set(audits[0]["method"].split("+"))
+    causal = holds(audits, "C1")
+    return {
+        "train_under_600s": all(c["train_strict"] <= limit_s for c in clocks),
+        "eval_under_600s": all(c["eval_strict"] <= limit_s for c in clocks),
+        "artifact_under_16mb": all(total <= limit_bytes for total in totals),
+        "three_seeds": len(audits) >= 3,
+        "c1_causal": causal,
+        "c2_normalised": holds(audits, "C2"),
+        "c3_score_before_update": holds(audits, "C3"),
+        "c4_single_pass": holds(audits, "C4"),
+        "no_slot": "slot" not in parts,
+        "no_ngram_cache": "ctw" not in parts and holds(audits, "C2"),
+        "score_first_ttt": "ttt" in parts and holds(audits, "C3"),
+        "no_pre_quant_ttt": holds(audits, "C3"),
+    }
