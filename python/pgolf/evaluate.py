@@ -19,6 +19,7 @@ from . import distributed, run
 from .artifact.container import Content
 from .artifact.pack import read_content
 from .artifact.quantise import dequantise_state
+from .budget import Pace
 from .config import Config
 from .data.byte_counts import ByteCounts
 from .data.dataset import Dataset
@@ -69,6 +70,7 @@ def evaluate(
     allow_leaky: bool = False,
     device: str = "auto",
     tokenizer: Path | None = None,
+    budget_s: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict:
     """Score an artifact and record the result in scores.json beside it.
@@ -81,6 +83,7 @@ def evaluate(
         limit: score only the first targets; 0: all.
         tokenizer: the model file, where it does not lie with the data.
         allow_leaky: run a method that is not causal, too; its result is marked INVALID.
+        budget_s: seconds that reading and all scoring may take; what the first batches show to take longer is stopped.
 
     Returns:
         {"method", "share", "val_loss", "val_bpb", "tokens", "bytes", "seconds", "causal", "standing", "text",
@@ -108,12 +111,15 @@ def evaluate(
         results = []
         for i, name in enumerate(methods):
             progress = _share_of(on_progress, i, len(methods)) if on_progress and ranks.is_main else None
-            score = score_method(name, cfg, model, tokens, dataset.byte_counts, ranks, on_progress=progress)
+            left = None if budget_s is None else budget_s - (time.perf_counter() - started)
+            pace = Pace(name, ranks.device, left, budget_s, progress)
+            score = score_method(name, cfg, model, tokens, dataset.byte_counts, ranks, on_progress=pace)
             found = standing(cfg, name)
             result = {
                 "method": name,
                 "share": cfg.slot_share if "slot" in name else None,
                 **score.as_dict(),
+                "predicted_seconds": pace.predicted_s and round(pace.predicted_s, 3),
                 "causal": found.causal,
                 "standing": "causal" if found.causal else f"INVALID: {found.reason}",
                 "text": "normalised" if dataset.tokenizer.normalised else "raw",

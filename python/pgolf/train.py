@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pgolf_kernels import dispatch
 
-from . import distributed, ledger, run
+from . import budget, distributed, ledger, run
 from .artifact import calibration
 from .config import Config
 from .data.dataset import Dataset
@@ -98,19 +98,30 @@ class Trainer:
             self.average.update(self.step + 1, lr)
         return loss, norm
 
-    def warm_up(self) -> None:
+    def warm_up(self, steps: int) -> dict[bool, float]:
         """Run a few steps, so that kernels are compiled and caches filled, then put everything back as it was.
 
         Where recurrence or quantisation switches on during the run, its graph is another one: all are prepared, so
         that the switch costs the clock nothing.
+
+        Returns:
+            Seconds of a step without (False) and with (True) recurrence, as far as the run has them; with quantisation,
+            which is the slower, if it is ever on.
         """
         cfg = self.cfg
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         recurrence = sorted({cfg.recurs_at(0), cfg.recurs_at(cfg.max_steps - 1)})
         quantised = {self.quantiser is not None} | ({False} if cfg.qat_start <= 1 else set())
-        for self.model.recurrence_active, rounds in itertools.product(recurrence, sorted(quantised)):
-            for _ in range(cfg.warmup_steps):
+        taken: dict[bool, float] = {}
+        for recurs, rounds in itertools.product(recurrence, sorted(quantised)):
+            self.model.recurrence_active, seconds = recurs, []
+            for _ in range(steps):
+                started = time.perf_counter()
                 self.run_step(1.0, cfg.muon_momentum, rounds)
+                if self.ranks.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - started)
+            taken[recurs] = budget.median_after_first(seconds)
         self.model.recurrence_active = cfg.recurs_at(0)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
@@ -119,6 +130,7 @@ class Trainer:
         if self.average:
             self.average.reset()
         self.loader = self._new_loader()
+        return taken
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -182,6 +194,7 @@ def train(
     device: str = "auto",
     *,
     tokenizer: Path | None = None,
+    budget_s: float | None = None,
     on_event: Callable[[str, dict], None] | None = None,
 ) -> dict:
     """Train until the budget is spent and leave the averaged weights in run_dir/model.safetensors.
@@ -192,6 +205,8 @@ def train(
         run_dir: created; refused if it holds a run already and resume is False.
         resume: continue from the newest checkpoint, or from the start if the run ended before its first.
         tokenizer: the model file, where it does not lie with the data.
+        budget_s: seconds that training and calibration may take together: a plan that takes longer by its warm-up
+            steps is refused before anything is written.
         on_event: called on rank 0 with every line of the log as it is written: (event, values).
 
     Returns:
@@ -203,7 +218,7 @@ def train(
             TrainingProgress(cfg, enabled=ranks.is_main) as progress,
             ledger.Recorder(run_dir, cfg, enabled=ranks.is_main) as recorder,
         ):
-            return _train(cfg, data, run_dir, resume, ranks, progress, recorder, tokenizer, on_event)
+            return _train(cfg, data, run_dir, resume, ranks, progress, recorder, tokenizer, budget_s, on_event)
     finally:
         distributed.stop()
 
@@ -217,6 +232,7 @@ def _train(
     progress: TrainingProgress,
     recorder: ledger.Recorder,
     tokenizer: Path | None,
+    budget_s: float | None,
     on_event: Callable[[str, dict], None] | None,
 ) -> dict:
     _check_run_directory(cfg, run_dir, resume)
@@ -233,13 +249,11 @@ def _train(
         )
     validation_tokens(cfg, dataset, cfg.val_tokens)  # too few would otherwise show only when training is over
     trainer = Trainer(cfg, dataset, ranks)
+    plan = _prepare(trainer, progress, budget_s)
     ranks.barrier()  # every rank has accepted its input before rank 0 writes anything
     provenance = dataset.provenance()
     recorder.start(provenance["sha256"], lambda: trainer.step, resume)
     log = _open_run(cfg, dataset, run_dir, ranks, on_event) if ranks.is_main else None
-    if cfg.warmup_steps:
-        with progress.stage("compiling and warming up" if trainer.compiled else "warming up"):
-            trainer.warm_up()
     if resume and checkpoint.latest(run_dir):
         trainer.resume(run_dir)
         progress.note(f"resumed at step {trainer.step}")
@@ -252,6 +266,8 @@ def _train(
             world_size=ranks.world_size,
             data=provenance,
         )
+        if plan:
+            log.write("predict", **plan.as_dict())
     _loop(trainer, run_dir, log, progress)
 
     if trainer.average and not trainer.average.copy_to_model():
@@ -269,6 +285,11 @@ def _train(
                     f"training and calibration took {trainer.elapsed_s + seconds:.1f} s of {cfg.max_seconds:g}; "
                     "raise gptq_reserve_seconds"
                 )
+        if plan:
+            progress.note(
+                f"predicted {plan.steps:,} steps in {plan.train_seconds:.1f} s, "
+                f"did {trainer.step:,} in {trainer.elapsed_s:.1f} s"
+            )
     ranks.barrier()
     with progress.stage("validating"):
         scores = validate(trainer)
@@ -278,10 +299,29 @@ def _train(
         "tokens_per_second": round(trainer.step * cfg.train_batch_tokens / max(trainer.elapsed_s, 1e-9)),
         **scores,
     }
+    if plan:
+        summary["predicted_train_seconds"] = round(plan.train_seconds, 3)
     if ranks.is_main:
         log.write("end", **summary)
         log.close()
     return summary
+
+
+def _prepare(trainer: Trainer, progress: TrainingProgress, budget_s: float | None) -> budget.TrainingPlan | None:
+    """Warm up, and predict from that what the run will take; InputError, on every rank, if that exceeds the budget."""
+    cfg, ranks = trainer.cfg, trainer.ranks
+    steps = cfg.warmup_steps if budget_s is None else max(cfg.warmup_steps, budget.FEWEST_STEPS)
+    if not steps:
+        return None
+    with progress.stage("compiling and warming up" if trainer.compiled else "warming up"):
+        step_seconds = {active: ranks.broadcast(seconds) for active, seconds in trainer.warm_up(steps).items()}
+        calibration_s = 0.0
+        if budget_s is not None and ranks.is_main:
+            calibration_s = budget.measure_calibration(cfg, trainer.model, trainer.dataset)
+    plan = budget.plan_training(cfg, step_seconds, ranks.broadcast(calibration_s))
+    if budget_s is not None:
+        budget.check_training(cfg, plan, budget_s)
+    return plan
 
 
 def _calibrate(trainer: Trainer, run_dir: Path, model_sha256: str) -> float:

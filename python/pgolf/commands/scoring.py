@@ -32,6 +32,9 @@ def register(steps) -> None:
     p.add_argument("--lr", type=float, metavar="X", help="slot: learning rate")
     p.add_argument("--half-life", type=float, metavar="TOKENS", help="slot: distance that halves a token's weight")
     p.add_argument("--tokens", type=int, default=0, metavar="N", help="score only the first N tokens")
+    p.add_argument(
+        "--budget", type=float, metavar="S", help="stop as soon as the first batches show that it takes longer than S s"
+    )
     add_settings(p)
     add_device(p)
 
@@ -85,6 +88,7 @@ def evaluate(args: Namespace) -> dict:
             allow_leaky=args.allow_leaky,
             device=args.device,
             tokenizer=args.tokenizer,
+            budget_s=args.budget,
             on_progress=on_progress,
         )
     for score in result.get("stages", [result]):

@@ -17,6 +17,9 @@ def register(steps) -> None:
     )
     p.add_argument("--steps", type=int, metavar="N", help="train N steps, whatever the time they take")
     p.add_argument("--seconds", type=float, metavar="S", help="train S seconds")
+    p.add_argument(
+        "--budget", type=float, metavar="S", help="refuse, after the warm-up, if training and calibration take longer"
+    )
     add_average(p)
     add_settings(p)
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
@@ -52,7 +55,13 @@ def train(args: Namespace) -> dict:
         if args.average is not None:
             cfg = cfg.replace(average=args.average)
     result = run_training(
-        cfg, args.data, args.run_dir, resume=args.resume, device=args.device, tokenizer=args.tokenizer
+        cfg,
+        args.data,
+        args.run_dir,
+        resume=args.resume,
+        device=args.device,
+        tokenizer=args.tokenizer,
+        budget_s=args.budget,
     )
     say(
         args,

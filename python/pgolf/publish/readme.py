@@ -205,7 +205,8 @@ def _command(s: Submission) -> str:
     return (
         "## Run\n\n```\n"
         f"for seed in {seeds}; do\n"
-        f"  DATA_PATH=... SEED=$seed torchrun --standalone --nproc_per_node={ranks} train_gpt.py > train_seed$seed.log\n"
+        f"  DATA_PATH=... SEED=$seed torchrun --standalone --nproc_per_node={ranks} \\\n"
+        "    train_gpt.py > train_seed$seed.log\n"
         "done\n```\n\n`DATA_PATH` is the folder with the shards; the settings are in the program."
     )
 
