@@ -200,6 +200,7 @@ class Facts:
     alone, for #675 approximate. standing: of the submission. causal: whether no scored token has seen itself or a later
     one, in the published score or, without one, in ours. artifact_bytes: of the preset's seed, code included, as
     logged. step_ms: mean over a run on eight H100s. seed_bpb: the published score of each seed.
+    calibration_seconds, stage_seconds (by method, mean over the seeds) and peak_mib (per GPU): as logged there.
     """
 
     line: str
@@ -210,6 +211,9 @@ class Facts:
     artifact_bytes: int | None = None
     step_ms: float | None = None
     seed_bpb: dict[int, float] = field(default_factory=dict)
+    calibration_seconds: float | None = None
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    peak_mib: int | None = None
 
 
 FACTS: dict[str, Facts] = {
@@ -222,6 +226,9 @@ FACTS: dict[str, Facts] = {
         artifact_bytes=15_795_518,
         step_ms=88.8,
         seed_bpb={1337: 1.10165738, 42: 1.10377675, 2024: 1.10271384},
+        calibration_seconds=6.8,
+        stage_seconds={"slot": 173.4, "ttt": 459.1},
+        peak_mib=23_328,
     ),
     "pr1128": Facts(
         "11 layers, banks; TTT, and one SLOT delta on all positions",
@@ -232,6 +239,7 @@ FACTS: dict[str, Facts] = {
         artifact_bytes=15_997_676,
         step_ms=84.1,
         seed_bpb={1337: 1.11525968, 42: 1.11561121, 2025: 1.11534655},
+        stage_seconds={"slot+ttt": 569.2},
     ),
     "pr1333": Facts(
         "4096 tokens, depth recurrence, parallel lanes; one SLOT delta for 32 windows",
@@ -242,6 +250,8 @@ FACTS: dict[str, Facts] = {
         artifact_bytes=15_999_461,
         step_ms=108.2,
         seed_bpb={42: 1.07620919, 314: 1.07660728, 999: 1.07700722},
+        stage_seconds={"plain": 7.5, "sliding": 76.2, "slot": 444.1},
+        peak_mib=30_120,
     ),
     "pr675": Facts(
         "11 layers, value residual; L-BFGS SLOT on the scored tokens themselves",
@@ -252,6 +262,7 @@ FACTS: dict[str, Facts] = {
         artifact_bytes=15_735_483,
         step_ms=103.5,
         seed_bpb={1337: 0.57926687, 42: 0.57840039, 2025: 0.5800723},
+        stage_seconds={"slot": 545.6},
     ),
     "demo": Facts("minutes on two CPU cores"),
     "tiny": Facts("seconds; what the tests train"),

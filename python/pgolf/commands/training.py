@@ -1,4 +1,4 @@
-"""Shards to weights: `pgolf train`, and `demo`, which goes all the way."""
+"""Shards to weights: `pgolf train`, `plan` before it, and `demo`, which goes all the way."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -26,6 +26,16 @@ def register(steps) -> None:
     add_device(p)
 
     add_command(steps, "presets", presets, "list the named runs")
+    p = add_command(steps, "plan", plan, "predict a run's steps, seconds and bytes; exit code 2 if a limit is exceeded")
+    p.add_argument("--preset", default="demo", metavar="NAME", help="whose values to start from (default: demo)")
+    p.add_argument("--data", type=Path, metavar="DIR", help="measure a few steps and batches of it on this machine")
+    p.add_argument(
+        "--gpu", default="h100", metavar="KIND", help="without --data: h100, h200, a100, ... (default: h100)"
+    )
+    p.add_argument("--gpus", type=int, default=8, metavar="N", help="without --data: how many (default: 8)")
+    p.add_argument("--budget", type=float, metavar="S", help="seconds for training, and again for scoring")
+    add_settings(p)
+    add_device(p)
     p = add_command(steps, "demo", demo, "all of it: data, training, packing, scoring and a report")
     p.add_argument("--run", dest="run_dir", type=Path, default=Path("runs/demo"), metavar="DIR")
     p.add_argument("--data", type=Path, default=Path("data/stdlib"), metavar="DIR", help="made if it is not there")
@@ -80,6 +90,21 @@ def presets(args: Namespace) -> list[dict]:
     if not args.json:
         Console().print(table(rows))
     return rows
+
+
+def plan(args: Namespace) -> dict:
+    from ..presets import preset
+    from ..publish import plan as planning
+
+    cfg = preset(args.preset).with_settings(args.set)
+    if args.data:
+        result = planning.measure(cfg, args.data, args.device, args.budget)
+    else:
+        result = planning.plan(cfg, args.gpu, args.gpus, args.budget)
+    say(args, "\n".join(planning.lines(result)))
+    if result["over"]:
+        raise InputError(f"plan: does not fit: {'; '.join(result['over'])}")
+    return result
 
 
 def demo(args: Namespace) -> dict:
