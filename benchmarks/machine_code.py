@@ -8,13 +8,14 @@ of launches. Another version of Triton is a folder put before the installed one 
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,18 +79,22 @@ def softcapped_cross_entropy() -> None:
 def newton_schulz() -> None:
     from pgolf_kernels.ops.newton_schulz import op, triton_kernel
 
-    for bank in ((22, 512, 512), (11, 1536, 512), (3, 512, 1536)):  # large tiles both ways round, and small ones
+    # Small tiles and large ones of either product, and both orientations of the Gram form.
+    for bank in ((22, 512, 512), (11, 1536, 512), (3, 256, 512), (3, 1024, 1024)):
         g = torch.empty(bank, dtype=torch.bfloat16)
         triton_kernel.forward(g, op.schedule("quintic", 5), True, 1e-7, g.dtype)
 
 
 def int6_linear() -> None:
-    from pgolf_kernels.ops.int6_linear import triton_kernel
+    from pgolf_kernels.ops.int6_linear import gpu, triton_kernel
 
+    gpu.borders(torch.device("cpu"))  # the table's choice among the kernels
     # Each number of rows that has its own tile; whole steps, wide tiles of the weight, half steps, odd depths.
     for M, N, K in (
         (16, 1536, 512),
+        (16, 8192, 512),
         (16, 512, 500),
+        (32, 1536, 512),
         (32, 8192, 512),
         (32, 512, 500),
         (64, 1536, 512),
@@ -191,7 +196,7 @@ class _NoGpu(DriverBase):
 def compile_triton(capability: int) -> dict[str, list[MachineCode]]:
     """Each kernel that LAUNCHERS launch, once, by op; capability as in 90 for sm_90.
 
-    It replaces Triton's driver and the GPU for good: call it in a process of its own.
+    It replaces Triton's driver, the GPU and torch.mm for good: call it in a process of its own.
 
     Raises:
         AssertionError: no launcher takes some row of this architecture's table of tiles.
@@ -210,11 +215,14 @@ def compile_triton(capability: int) -> dict[str, list[MachineCode]]:
         return compiled[-1]
 
     tiles.tile, JITFunction.run = recording, compile_only
+    torch.mm = lambda a, b, out: out  # a product of real size takes seconds on a CPU
     found = {}
     for launch in LAUNCHERS:
         compiled.clear()
         launch()
-        found[launch.__name__] = [_inspect(kernel) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+        found[launch.__name__] = list({kernel.hash: kernel for kernel in compiled}.values())
+    codes = iter(_inspect(sum(found.values(), []), capability))
+    found = {op: [next(codes) for _ in kernels] for op, kernels in found.items()}
     missed = _rows(tiles.shipped()[f"sm_{capability}"]) - taken
     assert not missed, f"no launcher takes {missed} of sm_{capability}.json"
     return found
@@ -231,15 +239,35 @@ def _rows(table: dict) -> set[tuple]:
     }
 
 
-def _inspect(kernel) -> MachineCode:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(kernel.asm["cubin"])
-        usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _run("nvdisasm", "-c", cubin.name)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    counts = Counter(re.findall(_INSTRUCTIONS, sass))
-    wide_loads = len(re.findall(r"\bLDG\.E\.128\b", sass))
-    return MachineCode(kernel.metadata.name, registers, stack, kernel.metadata.shared, dict(counts), wide_loads)
+def _inspect(kernels: list, capability: int) -> list[MachineCode]:
+    """All at once, because nvdisasm needs a second to start: it gets the instructions of all, one behind the other."""
+    texts = [_instructions(kernel.asm["cubin"]) for kernel in kernels]
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(b"".join(texts))
+        listing = _run("nvdisasm", "--binary", f"SM{capability}", file.name)
+        lines = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/(.+;)", listing)]
+        codes, start, position = [], 0, 0
+        for kernel, text in zip(kernels, texts, strict=True):
+            Path(file.name).write_bytes(kernel.asm["cubin"])
+            usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+            registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+            first, start = position, start + len(text)
+            while position < len(lines) and lines[position][0] < start:
+                position += 1
+            sass = "\n".join(line for _, line in lines[first:position])
+            assert position - first == len(text) // 16, f"nvdisasm left out instructions of {kernel.metadata.name}"
+            counts, wide_loads = Counter(re.findall(_INSTRUCTIONS, sass)), len(re.findall(r"\bLDG\.E\.128\b", sass))
+            metadata = kernel.metadata
+            codes.append(MachineCode(metadata.name, registers, stack, metadata.shared, dict(counts), wide_loads))
+    return codes
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The .text sections of an ELF file."""
+    at, size, count, names = *struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, at + i * size) for i in range(count)]  # name ... offset, length
+    called = cubin[headers[names][4] :]
+    return b"".join(cubin[h[4] : h[4] + h[5]] for h in headers if called[h[0] :].startswith(b".text."))
 
 
 def _run(tool: str, *args: str) -> str:
@@ -264,26 +292,24 @@ def cuda_kernels() -> dict[str, list[MachineCode]]:
     return {arch: sorted(codes, key=lambda code: code.kernel) for arch, codes in sorted(found.items())}
 
 
-def in_a_process(capability: int, triton_folder: Path | None = None) -> Callable[[], dict[str, list[MachineCode]]]:
-    """Start compile_triton elsewhere; the result is a call that waits for it. triton_folder: of another version."""
+def compile_elsewhere(triton_folder: Path | None = None) -> dict[int, dict[str, list[MachineCode]]]:
+    """compile_triton of every architecture, by capability. triton_folder: where another version of Triton lies."""
     root = str(Path(__file__).parent.parent)
     path = [*([str(triton_folder)] if triton_folder else []), root, os.environ.get("PYTHONPATH", "")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.machine_code", "--capability", str(capability)],
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.machine_code", "--json"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        check=False,
     )
-
-    def result() -> dict[str, list[MachineCode]]:
-        out, errors = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"compiling for sm_{capability} failed:\n{errors[-4000:]}")
-        return {op: [MachineCode(**code) for code in codes] for op, codes in json.loads(out).items()}
-
-    return result
+    if process.returncode:
+        raise RuntimeError(f"compiling failed:\n{process.stderr[-4000:]}")
+    return {
+        int(capability): {op: [MachineCode(**code) for code in codes] for op, codes in ops.items()}
+        for capability, ops in json.loads(process.stdout).items()
+    }
 
 
 def page(triton_kernels: dict[int, dict[str, list[MachineCode]]]) -> str:
@@ -326,15 +352,17 @@ def _table(title: str, columns: dict[str, list[MachineCode]], tensor_core: dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__.splitlines()[0])
-    parser.add_argument("--capability", type=int, choices=GPUS, help="print this architecture's Triton kernels as JSON")
+    parser.add_argument("--json", action="store_true", help="print the Triton kernels as JSON instead")
     parser.add_argument("--write", metavar="PAGE.md", help="write the page there instead of printing it")
     options = parser.parse_args()
-    if options.capability:
-        found = compile_triton(options.capability)
-        print(json.dumps({op: [asdict(code) for code in codes] for op, codes in found.items()}))
+    # Forked: one import of torch and Triton serves all. A process compiles for one architecture, see compile_triton.
+    with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
+        found = dict(zip(GPUS, pool.map(compile_triton, GPUS, chunksize=1), strict=True))
+    if options.json:
+        plain = {sm: {op: [asdict(code) for code in codes] for op, codes in ops.items()} for sm, ops in found.items()}
+        print(json.dumps(plain))
         return
-    waiting = {capability: in_a_process(capability) for capability in GPUS}
-    text = page({capability: result() for capability, result in waiting.items()})
+    text = page(found)
     if options.write:
         Path(options.write).write_text(text)
     else:

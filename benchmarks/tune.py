@@ -19,6 +19,9 @@ import torch
 from triton.testing import do_bench
 
 from pgolf_kernels import tiles
+from pgolf_kernels.ops.int6_linear import gpu as int6_gpu
+from pgolf_kernels.ops.int6_linear import quantize_int6
+from pgolf_kernels.ops.int6_linear import triton_kernel as int6
 from pgolf_kernels.ops.leaky_relu2_mlp import reference as mlp_reference
 from pgolf_kernels.ops.leaky_relu2_mlp import triton_kernel as mlp
 from pgolf_kernels.ops.softcapped_cross_entropy import op as ce_op
@@ -163,14 +166,69 @@ def tune_softcapped_cross_entropy() -> dict:
     return result
 
 
-TUNERS = {"leaky_relu2_mlp": tune_leaky_relu2_mlp, "softcapped_cross_entropy": tune_softcapped_cross_entropy}
+def _int6_tiles(M: int) -> list[int6.Tile]:
+    block_m = next((size for size in (16, 32) if size >= M), 64)
+    registers = 128 if block_m == 64 else 168  # told nothing, ptxas spills to fit one block more
+    sizes = itertools.product((16, 32, 64), (32, 64), (4, 8), (2, 3, 4))
+    return [int6.Tile(block_m, *size, registers) for size in sizes]
 
 
-# What a result is called, and the rows of a table it becomes: op, kernel, name of the bound.
+def tune_int6_linear() -> dict:
+    """Tiles for narrow and wide weights at each number of rows; then all three ways, for the borders among them.
+
+    do_bench empties the cache before each call, so weights come from memory, as in a model with many layers.
+    """
+    result, ways = {}, {}
+    weights = {"linear": quantize_int6(_normal(1536, 512)), "wide linear": quantize_int6(_normal(8192, 512))}
+    for name, weight in weights.items():
+        for M in (16, 32, 64):
+            x = _normal(M, 512)
+            result[f"{name} {M}"] = _ranked(
+                _int6_tiles(M),
+                lambda t, x=x, w=weight: lambda: int6.forward(x, w.packed, w.scale, None, t),
+                _close(x @ weight.dequantize(x.dtype).T),
+            )
+    weight = weights["linear"]
+    for M in (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256):
+        x = _normal(M, 512)
+        best = next((size for size in (16, 32, 64) if size >= M), 64)
+        tile = result[f"linear {best}"][0]["config"]
+        calls = {
+            "cuda": lambda x=x: int6_gpu.forward(x, weight.packed, weight.scale, None),
+            "triton": lambda x=x, t=tile: int6.forward(x, weight.packed, weight.scale, None, t),
+            "dequantize": lambda x=x: x @ int6.dequantize(weight.packed, weight.scale, 512, x.dtype).T,
+        }
+        able = [
+            way for way in calls if way != "cuda" or not int6_gpu.why_not_cuda(x, weight.packed, weight.scale, None)
+        ]
+        ways[M] = {way: round(_median_ms(calls[way]), 5) for way in able}
+    return result | {"borders 0": [{"config": borders(ways), "ms": 0.0, "measured": ways}]}
+
+
+def borders(ways: dict[int, dict[str, float]]) -> int6_gpu.Borders:
+    """Up to how many rows each way wins, from the times of {rows: {way: ms}}; 0: nowhere from one row on."""
+    fastest = [(rows, min(times, key=times.get)) for rows, times in sorted(ways.items())]
+    cuda = [rows for rows, _ in itertools.takewhile(lambda item: item[1] == "cuda", fastest)]
+    small = [rows for rows, _ in itertools.takewhile(lambda item: item[1] != "dequantize", fastest)]
+    return int6_gpu.Borders(cuda=max(cuda, default=0), triton=max(small, default=0))
+
+
+TUNERS = {
+    "leaky_relu2_mlp": tune_leaky_relu2_mlp,
+    "softcapped_cross_entropy": tune_softcapped_cross_entropy,
+    "int6_linear": tune_int6_linear,
+}
+
+
+# What a result is called, and the rows of a table it becomes: op, kernel, name of the size's bound, other bounds.
 _TABLE = {
-    "up": ("leaky_relu2_mlp", "up", "max_hidden"),
-    "dp": ("leaky_relu2_mlp", "dp", "max_hidden"),
-    "row kernel": ("softcapped_cross_entropy", "row", "max_block"),
+    "up": ("leaky_relu2_mlp", "up", "max_hidden", {}),
+    "dp": ("leaky_relu2_mlp", "dp", "max_hidden", {}),
+    "row kernel": ("softcapped_cross_entropy", "row", "max_block", {}),
+    # Depths of other divisors have tails, and keep the shipped rows.
+    "linear": ("int6_linear", "linear", "max_rows", {"max_programs": 127, "min_divisor": 256}),
+    "wide linear": ("int6_linear", "linear", "max_rows", {"min_programs": 128, "min_divisor": 256}),
+    "borders": ("int6_linear", "borders", "max_size", {}),
 }
 
 
@@ -179,19 +237,24 @@ def add_to_table(table: dict, what: str, rows: list[dict]) -> None:
     name, _, size = what.rpartition(" ")
     if name not in _TABLE or "ms" not in rows[0]:
         return
-    op, kernel, bound = _TABLE[name]
+    op, kernel, bound, others = _TABLE[name]
     best = rows[0]["config"]
     fields = best._asdict() if hasattr(best, "_asdict") else {"num_warps": best}
-    entries = table.setdefault(op, {}).setdefault(kernel, [])
-    entries[:] = [entry for entry in entries if bound in entry] + [{bound: int(size)} | fields]
+    table.setdefault(op, {}).setdefault(kernel, []).append({bound: int(size)} | others | fields)
 
 
 def close_table(table: dict) -> None:
-    """The row of the largest size measured serves all beyond it, too."""
-    for kernels in table.values():
-        for entries in kernels.values():
-            last = {key: value for key, value in entries[-1].items() if not key.startswith("max_")}
-            entries[-1] = last
+    """The row of the largest size measured serves all beyond it, too: among those with the same other bounds."""
+    sizes = {(op, kernel): bound for op, kernel, bound, _ in _TABLE.values()}
+    for op, kernels in table.items():
+        for kernel, entries in kernels.items():
+            last = {}
+            for entry in entries:
+                others = {key: value for key, value in entry.items() if key[:4] in ("min_", "max_")}
+                others.pop(sizes[op, kernel], None)
+                last[tuple(others.items())] = entry
+            for entry in last.values():
+                entry.pop(sizes[op, kernel], None)
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """Time candidate tiles of each product in newton_schulz: `python -m benchmarks.tune_newton_schulz`, on a GPU.
 
-The kernels take their tiles from a fixed table, because autotuning inside a timed training run costs more than it
-gives; this prints what that table should hold. Candidates compile in parallel processes first (Triton's cache on disk
-hands them over). Times are medians of CUDA-graph replays with a flushed L2. The megakernel's tiles come last: they are
-one choice for all products of a launch.
+As benchmarks/tune.py, it prints what it finds and with --write leaves it in this machine's own table of tiles.
+Candidates compile in parallel processes first (Triton's cache on disk hands them over). Times are medians of CUDA-graph
+replays with a flushed L2. The megakernel's tiles come last: they are one choice for all products of a launch.
 """
 
+import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
@@ -15,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from pgolf_kernels import tiles
 from pgolf_kernels.ops.newton_schulz import megakernel, op, triton_kernel
 from pgolf_kernels.ops.newton_schulz.plan import Tiles
 from pgolf_kernels.ops.newton_schulz.triton_kernel import Tile
@@ -25,6 +27,7 @@ LAUNCHES = {"all banks": BANKS, "share": [*SHARDS, (2, 1536, 512)]}
 SQUARE = [(64, 64), (128, 128)]
 OBLONG = [*SQUARE, (64, 128), (128, 64), (128, 256), (256, 128)]
 DEPTHS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4)
+REGISTERS = 128 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 else 255
 
 
 def candidates(blocks: list[tuple[int, int]]) -> Iterator[Tile]:
@@ -52,7 +55,8 @@ def launch_candidates() -> Iterator[Tiles]:
     for symmetric, (m, n) in itertools.product((64, 128), ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256))):
         for warps, stages in itertools.product(WARPS, STAGES):
             if 128 * stages * max(2 * symmetric, m + n) <= 227 * 1024 and m * n <= 4096 * warps:
-                yield Tiles(symmetric, m, n, 64, warps, stages)
+                # Two programs of 8 warps on a multiprocessor of Hopper; elsewhere the cap would spill.
+                yield Tiles(symmetric, m, n, 64, warps, stages, REGISTERS)
 
 
 def launch(shapes: list[tuple[int, int, int]]) -> Callable[[Tiles | None], object]:
@@ -99,7 +103,34 @@ def graph_ms(call: Callable[[], object], flush: torch.Tensor | None, rounds: int
     return statistics.median(times)
 
 
+def table_rows(products_ms: dict[tuple[str, int], dict[Tile, list[float]]], launches: dict[str, Tiles]) -> dict:
+    """{kernel: rows} of a table of tiles.
+
+    Args:
+        products_ms: (kernel, short side) -> tile -> times in every bank and product of that size; the least sum wins.
+        launches: a key of LAUNCHES -> the megakernel's best tiles.
+    """
+    rows: dict[str, list[dict]] = {"symmetric": [], "apply": [], "megakernel": []}
+    for (kernel, size), timed in sorted(products_ms.items()):
+        most = max(map(len, timed.values()))  # a candidate that could not run everywhere is none
+        best = min((tile for tile in timed if len(timed[tile]) == most), key=lambda tile: math.fsum(timed[tile]))
+        sides = (best.block_m, best.block_n) if kernel == "apply" else (best.block_m,)
+        rows[kernel].append({"max_size": size, "min_divisor": max(sides)} | best._asdict())
+    for name, bound in (("all banks", {"min_programs": 264}), ("share", {})):
+        if name in launches:
+            rows["megakernel"].append(bound | {"min_divisor": 128} | launches[name]._asdict())
+    return {kernel: found for kernel, found in rows.items() if found}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune_newton_schulz", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--write", action="store_true", help="keep the fastest ones in this machine's own table")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("tuning needs a CUDA GPU")
+    products_ms, launches = {}, {}
     with ProcessPoolExecutor(min(12, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_tile, set(candidates(OBLONG)), chunksize=1))
         list(pool.map(compile_launch, launch_candidates(), chunksize=1))
@@ -108,6 +139,9 @@ def main() -> None:
         for name, blocks, call in products(shape):
             timed = [(graph_ms(lambda c=call, t=tile: c(t), flush), tile) for tile in candidates(blocks)]
             timed = sorted((ms, tile) for ms, tile in timed if ms is not None)
+            for ms, tile in timed:
+                kernel = "apply" if name == "apply" else "symmetric"
+                products_ms.setdefault((kernel, min(shape[1:])), {}).setdefault(tile, []).append(ms)
             best = "  ".join(f"{1e3 * ms:.1f} us {tuple(tile)}" for ms, tile in timed[:4])
             table = graph_ms(lambda c=call: c(None), flush)
             print(f"{'x'.join(map(str, shape)):12} {name:9} table {1e3 * table:.1f} us; best {best}", flush=True)
@@ -115,9 +149,16 @@ def main() -> None:
         call = launch(shapes)
         timed = [(graph_ms(lambda c=call, t=tiles: c(t), flush), tiles) for tiles in launch_candidates()]
         timed = sorted((ms, tiles) for ms, tiles in timed if ms is not None)
+        if timed:
+            launches[name] = timed[0][1]
         best = "  ".join(f"{1e3 * ms:.1f} us {tuple(tiles)}" for ms, tiles in timed[:4])
         table = graph_ms(lambda c=call: c(None), flush)
         print(f"{name:12} {'launch':9} table {1e3 * table:.1f} us; best {best}", flush=True)
+    if options.write:
+        path = tiles.own_file(tiles.gpu(torch.device("cuda", 0)))
+        before = tiles.read(path) if path.exists() else {}
+        tiles.write(path, before | {"newton_schulz": table_rows(products_ms, launches)})
+        print(f"wrote {path}", flush=True)
 
 
 if __name__ == "__main__":

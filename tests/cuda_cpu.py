@@ -1,5 +1,7 @@
 """CUDA kernels without a GPU: the very .cu files, built with g++ for this CPU (csrc/common/cuda_emulation.h)."""
 
+import fcntl
+import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -19,13 +21,35 @@ FLAGS = """-std=c++17 -O1 -U_FORTIFY_SOURCE -fPIC -fno-strict-aliasing -fvisibil
 
 @cache
 def emulated_module():
-    """pgolf_kernels._cuda for this CPU, built once a process; skips the test where that is not possible."""
+    """pgolf_kernels._cuda for this CPU; skips the test where g++ or pybind11 is missing.
+
+    Kept in build/ under a hash of what it is made of: several test files, in processes of their own, share one build.
+    """
     pybind11 = pytest.importorskip("pybind11")
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     includes = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     sources = [ROOT / "csrc/bindings_cuda.cpp", *sorted((ROOT / "csrc").glob("*/*_cuda.cu"))]
-    with tempfile.TemporaryDirectory() as folder:
+    made_of = [*sources, *sorted((ROOT / "csrc").glob("*/*.h")), *sorted((ROOT / "csrc").glob("*/*.cuh"))]
+    version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+    key = b"".join([version, repr((FLAGS, includes)).encode(), *(path.read_bytes() for path in made_of)])
+    folder = ROOT / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    module = folder / f"_cuda-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not module.exists():
+            for older in folder.glob("_cuda-*.so"):
+                older.unlink()
+            _build(sources, includes, module)
+    spec = importlib.util.spec_from_file_location("_cuda", module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _build(sources: list[Path], includes: list[str], module: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=module.parent) as folder:
         objects = [f"{folder}/{source.name}.o" for source in sources]
 
         def compile_one(source, target):
@@ -34,9 +58,5 @@ def emulated_module():
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, sources, objects))
-        module = f"{folder}/_cuda.so"
-        subprocess.run(["g++", "-shared", *objects, "-o", module], check=True)
-        spec = importlib.util.spec_from_file_location("_cuda", module)
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    return loaded
+        subprocess.run(["g++", "-shared", *objects, "-o", f"{folder}/module"], check=True)
+        Path(folder, "module").rename(module)

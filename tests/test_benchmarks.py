@@ -1,5 +1,6 @@
 """The benchmarks: every op's small cases run and their rows have the documented columns; tables match the rows."""
 
+import argparse
 import csv
 import dataclasses
 import importlib
@@ -86,6 +87,66 @@ def test_the_gate_alone_times_nothing(limits, monkeypatch, capfd):
     monkeypatch.setattr(f"{CASES}.cases", lambda device, quick: [wrong])
     with pytest.raises(AssertionError, match="newton_schulz 2x128x256: output 0 of .* has relative error"):
         bench.run(["newton_schulz"], "cpu", quick=True, gate_only=True)
+
+
+@pytest.fixture
+def gpu_run(tmp_path):
+    """benchmarks/gpu_run.sh with programs that only write down their arguments: call(*options) -> status, commands."""
+    bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_folder.mkdir()
+    for name in ("python3", "compute-sanitizer"):
+        stub = bin_folder / name
+        stub.write_text(
+            f'#!/bin/sh\ncase $1 in -c) exec {sys.executable} "$@" ;; esac\n'
+            f'echo "{name} $*" >> {calls}\necho "[]"\ncase "$*" in *"${{FAIL:-nothing}}"*) exit 3 ;; esac\n'
+        )
+        stub.chmod(0o755)
+
+    def call(*options, fail="nothing"):
+        calls.write_text("")
+        environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "OUT": str(tmp_path), "FAIL": fail}
+        command = ["bash", str(ROOT / "benchmarks/gpu_run.sh"), *options]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return run.returncode, calls.read_text().splitlines()
+
+    return call
+
+
+def test_the_gpu_session_does_everything_once_and_resumes(gpu_run, tmp_path):
+    status, commands = gpu_run()
+    assert status == 0
+    kinds = {"setup.py build_ext": 1, "-m pytest": 1, "compute-sanitizer": 4, "benchmarks.tune": 0, "pgolf demo": 1}
+    assert {kind: sum(kind in command for command in commands) for kind in kinds} == kinds
+    timed = [command.split() for command in commands if "--json" in command]
+    assert [command[3] for command in timed] == bench.available_ops()
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    for command in commands:
+        if "benchmarks.bench" in command:
+            assert parser.parse_args(command.partition("benchmarks.bench ")[2].split()).device == "cuda"
+    assert all(json.loads((tmp_path / f"bench-{op}.json").read_text()) == [] for op in bench.available_ops())
+    assert (tmp_path / "results/slot.csv").exists()
+    assert gpu_run("--resume") == (0, [])
+    assert len(gpu_run("bench")[1]) == len(bench.available_ops())
+
+    (tmp_path / "bench-slot.done").unlink()
+    status, commands = gpu_run("--resume", fail="benchmarks.bench slot")
+    assert status == 1 and len(commands) == 1 and not (tmp_path / "bench-slot.done").exists()
+    assert gpu_run("sanitize", fail="racecheck")[0] == 1
+
+
+def test_the_gpu_session_of_one_op(gpu_run):
+    status, commands = gpu_run("--only", "int6_linear", "test", "sanitize", "bench", "tune")
+    assert status == 0
+    assert sum("tests/cpp/test_int6_linear_cuda.py" in command for command in commands) == 1
+    assert {command.partition(" -m ")[2] for command in commands} >= {
+        "benchmarks.bench int6_linear --device cuda --json",
+        "benchmarks.tune int6_linear --write",
+    }
+    assert sum(command.startswith("compute-sanitizer") and "int6_linear" in command for command in commands) == 4
+    assert len(commands) == 7
+    assert gpu_run("--only", "matmul")[0] == gpu_run("--only")[0] == gpu_run("everything")[0] == 2
+    assert gpu_run("--help") == (0, [])
 
 
 def test_rows_of_another_format_are_refused(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-from benchmarks.machine_code import GPUS, TENSOR_CORE, MachineCode, cuda_kernels, in_a_process, page
+from benchmarks.machine_code import GPUS, TENSOR_CORE, MachineCode, compile_elsewhere, cuda_kernels, page
 from pgolf_kernels import extension
 from pgolf_kernels.dispatch import TRITON_INTERPRETED
 
@@ -34,8 +34,7 @@ def version(request):
 @pytest.fixture(scope="module")
 def compiled(version):
     """Capability -> op -> its kernels, with one version of Triton."""
-    waiting = {capability: in_a_process(capability, VERSIONS[version]) for capability in GPUS}
-    return {capability: result() for capability, result in waiting.items()}
+    return compile_elsewhere(VERSIONS[version])
 
 
 @pytest.mark.parametrize("capability", GPUS)

@@ -1,13 +1,19 @@
 """Tables of tiles: which row a launch gets, a machine's own table, and tables that are damaged."""
 
+import itertools
 import json
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from benchmarks.tune import add_to_table, close_table
+pytest.importorskip("triton")  # the tuner imports the kernels
+from benchmarks.tune import add_to_table, borders, close_table
+from benchmarks.tune_newton_schulz import table_rows
 from pgolf_kernels import tiles
+from pgolf_kernels.ops.int6_linear import gpu as int6_gpu
+from pgolf_kernels.ops.int6_linear import triton_kernel as int6
+from pgolf_kernels.ops.newton_schulz import plan, triton_kernel
 from pgolf_kernels.tiles import HOPPER, Gpu
 
 
@@ -104,6 +110,86 @@ def test_the_tuner_writes_what_the_kernels_read(own):
     assert tiles.tile(HOPPER, "leaky_relu2_mlp", "up", Pair, hidden=1000) == Pair(64, 4)
     assert tiles.tile(HOPPER, "leaky_relu2_mlp", "up", Pair, hidden=9999) == Pair(128, 8)
     assert found["softcapped_cross_entropy"]["row"] == [{"num_warps": 2}]
+
+
+def test_the_tuner_writes_int6s_tiles_and_borders(own):
+    """Rows of narrow and of wide weights apart; what was not measured, depths with tails, keeps the shipped rows."""
+    found, narrow, wide = {}, int6.Tile(16, 16, 64, 4, 2, 168), int6.Tile(64, 64, 32, 8, 4, 128)
+    for what, config in (
+        ("linear 16", narrow),
+        ("linear 64", wide),
+        ("wide linear 16", wide),
+        ("wide linear 64", wide),
+    ):
+        add_to_table(found, what, [{"config": config, "ms": 1.0}])
+    add_to_table(found, "borders 0", [{"config": int6_gpu.Borders(8, 32), "ms": 0.0}])
+    close_table(found)
+    tiles.write(tiles.own_file(HOPPER), found)
+    cpu = torch.device("cpu")
+    assert [int6.choose_tile(cpu, *size) for size in ((16, 1536, 512), (65, 1536, 512), (3, 8192, 512))] == [
+        narrow, wide, wide,
+    ]  # fmt: skip
+    assert int6.choose_tile(cpu, 16, 1536, 500) == int6.Tile(16, 16, 32, 4, 3, 168)
+    assert int6_gpu.borders(cpu) == (8, 32)
+    assert [int6_gpu.order(torch.empty(m, 8))[0] for m in (8, 9, 33)] == ["cuda", "triton", "dequantize"]
+
+
+def test_the_tuner_writes_newton_schulzs_tiles(own):
+    """By the sum over the banks of a size; a candidate that failed in one of them is out."""
+    a, b, failed = (triton_kernel.Tile(side, side, 64, 4, 3) for side in (64, 128, 256))
+    times = {a: [3.0, 1.0], b: [1.0, 2.0], failed: [0.5]}
+    launch = plan.Tiles(128, 64, 128, 64, 8, 2, 128)
+    found = table_rows({("symmetric", 512): times, ("apply", 512): times}, {"all banks": launch})
+    assert found.keys() == {"symmetric", "apply", "megakernel"}
+    tiles.write(tiles.own_file(HOPPER), {"newton_schulz": found})
+    cpu = torch.device("cpu")
+    assert triton_kernel.symmetric_tile(cpu, 22, 512) == triton_kernel.apply_tile(cpu, 22, 512, 512) == b
+    assert triton_kernel.symmetric_tile(cpu, 22, 192).block_m == 64  # which tiles of 128 do not divide
+    assert plan.choose_tiles(HOPPER, (plan.Bank(22, 512, 1536, ()), plan.Bank(22, 512, 512, ()))) == launch
+    assert plan.choose_tiles(HOPPER, (plan.Bank(1, 512, 512, ()),)).symmetric == 64
+
+
+@pytest.mark.parametrize(
+    ("fastest", "expected"),
+    [("cctd", (4, 8)), ("ctct", (1, 64)), ("dddd", (0, 0)), ("cccc", (64, 64)), ("ttdt", (0, 4)), ("ccdd", (4, 4))],
+)
+def test_borders_are_where_a_way_stops_winning(fastest, expected):
+    ways = {"c": "cuda", "t": "triton", "d": "dequantize"}
+    times = {
+        rows: {ways[key]: 1.0 if key == best else 2.0 for key in ways}
+        for rows, best in zip((1, 4, 8, 64), fastest, strict=True)
+    }
+    assert borders(times) == expected
+
+
+@pytest.mark.parametrize("name", tiles.shipped())
+def test_shipped_tiles_of_unmasked_products_divide_every_side(name):
+    """Sides are multiples of 64; a row of larger tiles without its min_divisor would leave rows out."""
+    table = tiles.shipped()[name]
+    on = Gpu("some GPU", tuple(table["capabilities"][0]), 100, table["shared_bytes"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "gpu", lambda device: on)
+        for side, other, matrices in itertools.product(range(64, 1600, 64), (64, 512, 1536), (1, 22, 200)):
+            tile = triton_kernel.symmetric_tile(None, matrices, side)
+            assert side % tile.block_m == 0
+            tile = triton_kernel.apply_tile(None, matrices, min(side, other), max(side, other))
+            assert min(side, other) % tile.block_m == 0 and max(side, other) % tile.block_n == 0
+    large = plan.choose_tiles(on, (plan.Bank(22, 512, 512, ()), plan.Bank(11, 512, 1536, ())))
+    assert large.symmetric == 128
+    for banks in ([(3, 512, 512), (2, 1536, 512)], [(22, 512, 512), (11, 1536, 500), (1, 64, 64)]):
+        assert plan.choose_tiles(on, tuple(plan.Bank(*bank, ()) for bank in banks)).symmetric == 64
+
+
+def test_a_tile_that_leaves_rows_out_is_refused(own):
+    row = triton_kernel.Tile(128, 128, 64, 8, 3)._asdict()
+    own({"newton_schulz": {"symmetric": [row], "apply": [row]}})
+    x = torch.zeros(1, 192, 192, dtype=torch.float16)
+    for call in (
+        lambda: triton_kernel.symmetric(x, x, 1, 1.0),
+        lambda: triton_kernel.apply(x, x, 1, 1.0, torch.empty_like(x)),
+    ):
+        with pytest.raises(ValueError, match="a tile of 128 does not divide 192"):
+            call()
 
 
 def test_tables_are_written_as_they_are_shipped(tmp_path):

@@ -76,8 +76,8 @@ SIZES = [(150, 33, 96), (150, 600, 77), (9, 16, 2056), (9, 16, 4104), (9, 16, 81
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_as_accurate_as_the_reference(device, size, dtype, norm, softcap):
-    if size[2] > 100 and softcap in (8.0, 80.0):
-        pytest.skip("the form of the softcap is independent of the vocabulary's size")
+    if size != SIZES[0] and softcap in (8.0, 80.0):
+        pytest.skip("the form of the softcap is independent of the sizes")
     errors, loss_errors = [], []  # ours, the reference's
     forms = [("delta", "window"), ("bias", "window"), ("both", "window"), ("both", "batch")]
     if size[2] > 100 and device == "cpu":  # a second and a half for each product with so large a weight

@@ -222,7 +222,8 @@ def test_triton_megakernel_with_large_tiles_and_in_float16(device, poisoned):
     from pgolf_kernels.ops.newton_schulz import megakernel, plan
 
     banks = banks_or_skip(device, shapes=[(1, 256, 128), (1, 130, 140)])
-    for dtype, tiles, steps in ((torch.bfloat16, plan.LARGE, 5), (torch.float16, None, 2)):
+    large = plan.Tiles(128, 128, 128, 64, 8, 3, 128)
+    for dtype, tiles, steps in ((torch.bfloat16, large, 5), (torch.float16, None, 2)):
         ours = megakernel.forward(banks, op.schedule("quintic", steps), False, 1e-7, dtype, tiles=tiles)
         for g, x in zip(banks, ours, strict=True):
             exact = newton_schulz(g.double(), steps)
@@ -280,7 +281,7 @@ def test_triton_megakernel_plan_lists_every_item_after_those_it_needs(coefficien
     shapes = [(3, 512, 512), (3, 256, 512), (2, 1536, 512), (2, 100, 700)]
     forms = [triton_kernel.blocks_and_format(m, n, steps, torch.bfloat16, False)[0] for _, m, n in shapes]
     banks = tuple(plan.Bank(*shape, blocks) for shape, blocks in zip(shapes, forms, strict=True))
-    for tiles in (plan.SMALL, plan.LARGE):
+    for tiles in (plan.Tiles(64, 64, 64, 64, 4, 4, 255), plan.Tiles(128, 128, 128, 64, 8, 3, 255)):
         made = plan.make(banks, tiles, 4, torch.device("cpu"))
         finished = [0] * made.num_matrices
         seen = set()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import extension
+from ... import extension, tiles
 from ...dispatch import self_check, why_not_triton
 from . import cpu, reference
 
@@ -28,18 +28,24 @@ class Borders(NamedTuple):
     triton: int
 
 
-# Reasoned from bytes, measured on no GPU yet, and so one for all of them. Up to 16 rows, the tensor cores' tile, the
-# CUDA kernel does nothing twice. Up to 64 one tile of Triton's covers x and W is read once, 0.75 bytes a weight in one
-# launch; dequantising moves 0.75 + 2 + 2 in two, but its product decodes nothing and has the vendor's tiles.
-BORDERS = Borders(cuda=16, triton=64)
+@torch.compiler.assume_constant_result  # a compiler would follow it into the files
+def borders(device: torch.device) -> Borders:
+    """From the GPU's table (pgolf_kernels/tiles).
+
+    The shipped ones are reasoned from bytes and measured on no GPU yet, so all have the same. Up to 16 rows, the tensor
+    cores' tile, the CUDA kernel does nothing twice. Up to 64 one tile of Triton's covers x and W is read once, 0.75
+    bytes a weight in one launch; dequantising moves 0.75 + 2 + 2 in two, but its product decodes nothing and has the
+    vendor's tiles.
+    """
+    return tiles.tile(tiles.gpu(device), "int6_linear", "borders", Borders)
 
 
 def order(x: Tensor) -> tuple[str, ...]:
     """The ways, fastest first for that many rows of x."""
-    rows = x.numel() // max(1, x.shape[-1])
-    if rows <= BORDERS.cuda:
+    rows, border = x.numel() // max(1, x.shape[-1]), borders(x.device)
+    if rows <= border.cuda:
         return "cuda", "triton", "dequantize"
-    if rows <= BORDERS.triton:
+    if rows <= border.triton:
         return "triton", "cuda", "dequantize"
     return "dequantize", "triton", "cuda"
 

@@ -6,13 +6,32 @@ prefetches x only, because asynchronous copies move at least 4 bytes. It compute
 are the left operand, which tensor cores take from registers.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-DEQUANTIZE_ROWS, DEQUANTIZE_GROUPS = 4, 128  # tile of dequantize_kernel: 16 weights a thread
-ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
+from ... import tiles
+
+
+class Tile(NamedTuple):
+    """Rows of x and of the weight; groups of 4 codes in a step: few steps are few latencies, large ones may spill."""
+
+    block_m: int
+    block_n: int
+    groups: int
+    num_warps: int
+    num_stages: int
+    registers: int  # told nothing, ptxas spills to fit one block more
+
+
+class DequantizeTile(NamedTuple):
+    rows: int
+    groups: int
+    num_warps: int
 
 
 @triton.jit
@@ -92,28 +111,22 @@ def int6_linear_kernel(
     tl.store(y_ptr + row_m[None, :] * N + row_n[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def tile(M: int, N: int, K: int) -> tuple[int, int, int]:
-    """BLOCK_M and BLOCK_N, all rows of x up to 64 and as many of the weight as leave every multiprocessor a tile.
-
-    Then the groups of a step: few steps are few latencies, but large ones spill where the tile or the masks are many.
-    """
-    block_m = 16 if M <= 16 else 32 if M <= 32 else 64
-    block_n, down = 16, triton.cdiv(M, block_m)
-    while block_n < 32 and down * triton.cdiv(N, 2 * block_n) >= ENOUGH_PROGRAMS:
-        block_n *= 2
-    return block_m, block_n, 64 if block_n == 16 and K % 256 == 0 else 32
+def choose_tile(device: torch.device, M: int, N: int, K: int) -> Tile:
+    """The table's, by rows of x, programs that tiles of 64 x 32 would make, and the power of 2 (to 256) in K."""
+    facts = {"rows": M, "programs": triton.cdiv(M, 64) * triton.cdiv(N, 32), "divisor": math.gcd(K, 256)}
+    return tiles.tile(tiles.gpu(device), "int6_linear", "linear", Tile, **facts)
 
 
-def forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, tile: Tile | None = None) -> Tensor:
     """x W^T + bias in x's dtype, bfloat16 or float16; nothing may be empty."""
     *batch, K = x.shape
     N = scale.shape[0]
     x, scale = x.contiguous(), scale.contiguous()
     y = x.new_empty(*batch, N)
     M = y.numel() // N
-    block_m, block_n, groups = tile(M, N, K)
+    t = tile or choose_tile(x.device, M, N, K)
     with torch.cuda.device_of(x):
-        int6_linear_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+        int6_linear_kernel[(triton.cdiv(M, t.block_m) * triton.cdiv(N, t.block_n),)](
             x,
             packed,
             scale,
@@ -122,14 +135,14 @@ def forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Te
             M,
             N,
             K,
-            WHOLE_STEPS=K % (4 * groups) == 0,
+            WHOLE_STEPS=K % (4 * t.groups) == 0,
             HAS_BIAS=bias is not None,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            GROUPS=groups,
-            num_warps=8 if block_m == 64 else 4,
-            num_stages=3,
-            maxnreg=168 if block_m < 64 else 128,  # told nothing, ptxas spills to fit one block more
+            BLOCK_M=t.block_m,
+            BLOCK_N=t.block_n,
+            GROUPS=t.groups,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+            maxnreg=t.registers,
         )
     return y
 
@@ -138,9 +151,10 @@ def dequantize(packed: Tensor, scale: Tensor, num_columns: int, dtype: torch.dty
     """W [N, num_columns] as reference.dequantize has it, to the bit; nothing may be empty."""
     N, scale = len(packed), scale.contiguous()
     w = packed.new_empty(N, num_columns, dtype=dtype)
-    programs = triton.cdiv(N, DEQUANTIZE_ROWS) * triton.cdiv(packed.shape[1] // 3, DEQUANTIZE_GROUPS)
+    t = tiles.tile(tiles.gpu(packed.device), "int6_linear", "dequantize", DequantizeTile)
+    programs = triton.cdiv(N, t.rows) * triton.cdiv(packed.shape[1] // 3, t.groups)
     with torch.cuda.device_of(packed):
         int6_dequantize_kernel[(programs,)](
-            packed, scale, w, N, num_columns, ROWS=DEQUANTIZE_ROWS, GROUPS=DEQUANTIZE_GROUPS, num_warps=4
+            packed, scale, w, N, num_columns, ROWS=t.rows, GROUPS=t.groups, num_warps=t.num_warps
         )
     return w

@@ -247,7 +247,7 @@ def _launch(
 ) -> None:
     """results[i] = Newton-Schulz of banks[i], all contiguous, [matrices, rows, cols], of one dtype each."""
     device = banks[0].device
-    tiles = tiles or plan.choose_tiles(shapes)
+    tiles = tiles or plan.choose_tiles(gpu(device), shapes)
     made = plan.make(shapes, tiles, ROWS, device)
     sums = torch.empty(made.num_sums, dtype=torch.float32, device=device)
     work = torch.empty(made.num_elements, dtype=inner, device=device)
@@ -291,8 +291,7 @@ def _launch(
         SUM_COLS=COLS,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        # Two programs of 8 warps on a multiprocessor; elsewhere than on Hopper the cap would spill.
-        maxnreg=128 if gpu(device).capability[0] == 9 else 255,
+        maxnreg=tiles.registers,
     )
 
 

@@ -8,10 +8,12 @@ that its programs wait for each other. An item depends only on items that preced
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 
+from ... import tiles
 from ...multi_tensor import to_device_once
 from .schedule import Steps
 
@@ -21,7 +23,7 @@ NORM_ROWS_PER_WARP = 8
 
 
 class Tiles(NamedTuple):
-    """Sides of the tiles: symmetric products are square; warps and pipeline stages."""
+    """Sides of the tiles: symmetric products are square; warps, pipeline stages and the registers of a thread."""
 
     symmetric: int
     apply_m: int
@@ -29,10 +31,7 @@ class Tiles(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-
-
-LARGE, SMALL = Tiles(128, 128, 128, 64, 8, 3), Tiles(64, 64, 64, 64, 4, 4)
-ENOUGH = 264  # symmetric tiles of all matrices together: two for each multiprocessor of a large GPU
+    registers: int
 
 
 class Bank(NamedTuple):
@@ -66,12 +65,15 @@ def _padded(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 
 
-def choose_tiles(banks: tuple[Bank, ...]) -> Tiles:
-    """128-wide tiles, which load half as much, where they occupy a large GPU and need no more padding."""
-    sides = [side for bank in banks for side in (bank.rows, bank.cols)]
+def choose_tiles(on: tiles.Gpu, banks: tuple[Bank, ...]) -> Tiles:
+    """The table's: 128-wide tiles, which load half as much, where they occupy a large GPU and need no more padding.
+
+    programs: 128-wide symmetric tiles of all matrices; divisor: the power of 2 (to 256) in all sides padded to 64.
+    """
+    sides = [_padded(side, 64) for bank in banks for side in (bank.rows, bank.cols)]
     across = [_padded(min(bank.rows, bank.cols), 128) // 128 for bank in banks]
-    tiles = sum(bank.matrices * n * (n + 1) // 2 for bank, n in zip(banks, across, strict=True))
-    return LARGE if tiles >= ENOUGH and all(_padded(s, 128) == _padded(s, 64) for s in sides) else SMALL
+    programs = sum(bank.matrices * n * (n + 1) // 2 for bank, n in zip(banks, across, strict=True))
+    return tiles.tile(on, "newton_schulz", "megakernel", Tiles, programs=programs, divisor=math.gcd(*sides, 256))
 
 
 class _Layout:

@@ -13,6 +13,7 @@ Inside, sides are padded with zeros to multiples of SIDE. They stay zero, so no 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import tiles
 from .products import apply_product, frobenius_scale, row_squares, symmetric_product
 from .schedule import Steps, blocks_of, single_steps
 
@@ -186,23 +188,32 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-LARGE, SMALL = Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)
+def symmetric_tile(device: torch.device, matrices: int, size: int) -> Tile:
+    """The table's, by size, the power of 2 (to 256) in it, and the programs that 128-wide tiles would make.
 
-
-def symmetric_tile(matrices: int, size: int) -> Tile:
-    """64-wide tiles waste less of the triangle: up to size 512 faster on an H200 (10.9 us against 12.3 at 11 x 512^2).
-
+    64-wide tiles waste less of the triangle: up to size 512 faster on an H200 (10.9 us against 12.3 at 11 x 512^2).
     Larger matrices take 128-wide ones, which load half as much, once these occupy most multiprocessors of a large GPU.
     """
     across = size // 128
-    enough = size % 128 == 0 and matrices * across * (across + 1) // 2 >= 80
-    return LARGE if size > 512 and enough else SMALL
+    facts = {"size": size, "divisor": math.gcd(size, 256), "programs": matrices * across * (across + 1) // 2}
+    return tiles.tile(tiles.gpu(device), "newton_schulz", "symmetric", Tile, **facts)
 
 
-def apply_tile(matrices: int, short: int, long: int) -> Tile:
-    """128-wide tiles once they occupy most multiprocessors of a large GPU: 64-wide ones load twice as much."""
-    fits = short % 128 == 0 and long % 128 == 0
-    return LARGE if fits and matrices * (short // 128) * (long // 128) >= 80 else SMALL
+def apply_tile(device: torch.device, matrices: int, short: int, long: int) -> Tile:
+    """The table's, by `short` as size, the power of 2 (to 256) in both sides, and the programs of 128-wide tiles.
+
+    These once they occupy most multiprocessors of a large GPU: 64-wide ones load twice as much.
+    """
+    programs = matrices * (short // 128) * (long // 128)
+    facts = {"size": short, "divisor": math.gcd(short, long, 256), "programs": programs}
+    return tiles.tile(tiles.gpu(device), "newton_schulz", "apply", Tile, **facts)
+
+
+def _count(side: int, block: int) -> int:
+    """Tiles along a side. Products have no masks, so a row of the table that has no fitting min_divisor is refused."""
+    if side % block:
+        raise ValueError(f"newton_schulz: a tile of {block} does not divide {side}; its row needs a min_divisor")
+    return side // block
 
 
 def _normalized(g: Tensor, row_normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
@@ -237,8 +248,8 @@ def symmetric(
     """alpha U V^T + beta U + gamma V, summed over the dimension other than `short_dim`; sides are multiples of SIDE."""
     matrices, size, depth = len(u), u.shape[short_dim], u.shape[3 - short_dim]
     out = torch.empty(matrices, size, size, dtype=u.dtype, device=u.device)
-    tile = tile or symmetric_tile(matrices, size)
-    across = size // tile.block_m
+    tile = tile or symmetric_tile(u.device, matrices, size)
+    across = _count(size, tile.block_m)
     symmetric_kernel[(matrices * across * (across + 1) // 2,)](
         u,
         v,
@@ -263,8 +274,8 @@ def symmetric(
 def apply(p: Tensor, x: Tensor, short_dim: int, scale: float, out: Tensor, tile: Tile | None = None) -> Tensor:
     """out = scale X + P X in x's orientation; out may be smaller than x, and takes its first rows and columns."""
     short, long = x.shape[short_dim], x.shape[3 - short_dim]
-    tile = tile or apply_tile(len(x), short, long)
-    apply_kernel[(len(x) * (short // tile.block_m) * (long // tile.block_n),)](
+    tile = tile or apply_tile(x.device, len(x), short, long)
+    apply_kernel[(len(x) * _count(short, tile.block_m) * _count(long, tile.block_n),)](
         p,
         x,
         out,
