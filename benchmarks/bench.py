@@ -72,9 +72,11 @@ def check(op: str, case: Case, inputs: tuple) -> None:
     for name, found in errors.items():
         factor = 2.0 if name in case.ours else PEER_FACTOR
         for i, (error, allowed) in enumerate(zip(found, errors[baseline], strict=True)):
-            assert error <= factor * allowed + eps, (
+            # One number, such as a loss, the baseline may hit by luck: rounding once at each stage is no error then.
+            most = factor * allowed + eps * (4 if exact[i].numel() == 1 else 1)
+            assert error <= most, (
                 f"{op} {case.shape}: output {i} of {name!r} has relative error {error:.2e}; "
-                f"{baseline!r} has {allowed:.2e}, so at most {factor * allowed + eps:.2e} is allowed"
+                f"{baseline!r} has {allowed:.2e}, so at most {most:.2e} is allowed"
             )
 
 

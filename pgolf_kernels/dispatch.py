@@ -161,6 +161,20 @@ def self_check(op: str, device: torch.device, probe: Callable[[], tuple[Tensor, 
         )
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast asks for on a device; None where it is off, or unknown as on "meta"."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def require_one_device(op: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are on one device."""
+    first, *others = tensors.values()
+    if any(t.device != first.device for t in others):
+        places = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
+        require(False, op, f"{', '.join(tensors)} must be on one device", places, "move them with .to(device)")
+
+
 def require(condition: bool, op: str, must: str, got: object, advice: str = "") -> None:
     """Raise ValueError('op: must, got ...; advice') unless `condition`."""
     if not condition:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgolf_kernels import dispatch
+from pgolf_kernels import causal_attention, dispatch, leaky_relu2_mlp, newton_schulz, softcapped_cross_entropy
 from pgolf_kernels.dispatch import self_check
 
 CPU = torch.device("cpu")
@@ -57,3 +57,29 @@ def test_an_op_is_not_checked_where_triton_is_trusted(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "_checked", set())
     self_check("an_op", CPU, lambda: pytest.fail("the probe ran"))
+
+
+# The arguments of each op, on any device.
+CALLS = {
+    leaky_relu2_mlp: lambda: [torch.randn(3, 4), torch.randn(6, 4), torch.randn(4, 6)],
+    softcapped_cross_entropy: lambda: [torch.randn(3, 4), torch.randn(6, 4), torch.zeros(3, dtype=torch.int64)],
+    causal_attention: lambda: [torch.randn(1, 3, 2, 4) for _ in range(3)],
+    newton_schulz: lambda: [torch.randn(2, 3, 4)],
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_tensors_on_several_devices_are_refused(op):
+    arguments = CALLS[op]()
+    for i in range(len(arguments) if len(arguments) > 1 else 0):
+        moved = [t.to("meta") if i == j else t for j, t in enumerate(arguments)]
+        with pytest.raises(ValueError, match=r"must be on one device, got .* on meta"):
+            op(*moved)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_meta_tensors_give_shapes(op):
+    """As torch's own operators do; nothing is known there of autocast."""
+    arguments = CALLS[op]()
+    want, got = op(*arguments), op(*(t.to("meta") for t in arguments))
+    assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "meta")

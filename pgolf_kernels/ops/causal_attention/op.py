@@ -7,7 +7,7 @@ what the CPU can do, hence a kernel of our own there.
 import torch
 from torch import Tensor
 
-from ...dispatch import LIBRARY, Impl, always, choose, require
+from ...dispatch import LIBRARY, Impl, always, choose, require, require_one_device
 from . import cpu, reference
 
 LIBRARY.define("causal_attention_cpu(Tensor q, Tensor k, Tensor v, bool exclude_self) -> (Tensor, Tensor, Tensor)")
@@ -73,6 +73,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     require(grouped, "causal_attention", "the heads of q must be a multiple of the heads of k and v", shapes)
     dtypes = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
     require(q.dtype == k.dtype == v.dtype, "causal_attention", "q, k and v must have one dtype", dtypes)
+    require_one_device("causal_attention", q=q, k=k, v=v)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, exclude_self: bool = False, impl: str = "auto") -> Tensor:
@@ -88,7 +89,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, exclude_self: bool = False
         (B, T, H, d) in the dtype of q. Differentiable in q, k and v.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or `impl` cannot run these arguments.
+        ValueError: shapes, dtypes or devices do not fit together, or `impl` cannot run these arguments.
 
     Source: arXiv:2305.13245 (GQA), arXiv:2603.09078 (XSA).
     """

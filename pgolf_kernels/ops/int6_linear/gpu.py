@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import extension, tiles
-from ...dispatch import self_check, why_not_triton
+from ...dispatch import autocast_dtype, self_check, why_not_triton
 from . import cpu, reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/bindings_cuda.cpp has them
@@ -52,10 +52,7 @@ def order(x: Tensor) -> tuple[str, ...]:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The product's dtype: autocast's, if it is on and takes x's."""
-    device = x.device.type
-    if x.dtype is not torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return (None if x.dtype is torch.float64 else autocast_dtype(x.device)) or x.dtype
 
 
 def why_not_cuda(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> str | None:

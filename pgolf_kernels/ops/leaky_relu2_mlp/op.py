@@ -8,15 +8,25 @@ other way round: dp stays in the cache for the products after it, so forward and
 import torch
 from torch import Tensor
 
-from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, self_check, why_not_triton
+from ...dispatch import (
+    LIBRARY,
+    TRITON_INTERPRETED,
+    Impl,
+    always,
+    autocast_dtype,
+    choose,
+    require,
+    require_one_device,
+    self_check,
+    why_not_triton,
+)
 from . import cpu, reference
 
 OP = "leaky_relu2_mlp"
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return autocast_dtype(x.device) or x.dtype
 
 
 def _why_not_triton(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: float) -> str | None:
@@ -168,7 +178,7 @@ def leaky_relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: flo
         [..., D] in the dtype of the product (x's, or autocast's). Differentiable in x, w_up and w_down.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or the requested impl cannot run these arguments.
+        ValueError: shapes, dtypes or devices do not fit, or the requested impl cannot run these arguments.
 
     Source: squared ReLU of https://arxiv.org/abs/2109.08668 with a leaky negative side.
     """
@@ -179,7 +189,8 @@ def leaky_relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: flo
     require(is_up, OP, f"w_up must be [H, D={D}]", _say(w_up), "F.linear's layout")
     H = w_up.shape[0]
     require(tuple(w_down.shape) == (D, H), OP, f"w_down must be [D={D}, H={H}]", _say(w_down), "F.linear's layout")
-    if not torch.is_autocast_enabled(x.device.type):
+    require_one_device(OP, x=x, w_up=w_up, w_down=w_down)
+    if autocast_dtype(x.device) is None:
         for name, w in (("w_up", w_up), ("w_down", w_down)):
             require(w.dtype == x.dtype, OP, f"{name} must be {x.dtype} as x is", _say(w), "cast one or use autocast")
     return choose(OP, IMPLS, impl, x, w_up, w_down, negative_slope).run(x, w_up, w_down, negative_slope)

@@ -203,7 +203,7 @@ def schedule(
         triples = tuple(tuple(triple) for triple in coefficients)
     valid = len(triples) > 0 and all(len(triple) == 3 for triple in triples)
     require(valid, "newton_schulz", "coefficients must be a name or a list of triples (a, b, c)", coefficients)
-    require(steps >= 0, "newton_schulz", "steps must be >= 0", steps)
+    require(isinstance(steps, int) and steps >= 0, "newton_schulz", "steps must be an int >= 0", steps)
     return tuple(triples[min(step, len(triples) - 1)] for step in range(steps))
 
 
@@ -243,6 +243,7 @@ def newton_schulz(
     require(g.dtype in DTYPES, "newton_schulz", "g must be floating point", g.dtype)
     dtype = dtype or g.dtype
     require(dtype in DTYPES, "newton_schulz", "dtype must be floating point", dtype)
+    require(eps >= 0, "newton_schulz", "eps must be >= 0", eps)
     args = (g, schedule(coefficients, steps), row_normalize, eps, dtype, plain)
     return choose("newton_schulz", IMPLS, impl, *args).run(*args)
 

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, why_not_triton
+from ...dispatch import (
+    LIBRARY,
+    TRITON_INTERPRETED,
+    Impl,
+    always,
+    autocast_dtype,
+    choose,
+    require,
+    require_one_device,
+    why_not_triton,
+)
 from . import cpu, reference
 
 OP = "softcapped_cross_entropy"
@@ -22,8 +32,7 @@ CHUNK_LOGITS = 2**27
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return autocast_dtype(hidden.device) or hidden.dtype
 
 
 def _why_not_triton(
@@ -248,8 +257,8 @@ def softcapped_cross_entropy(
         A target out of range makes the loss NaN where raising would need a device sync (CUDA, torch.compile).
 
     Raises:
-        ValueError: shapes or dtypes do not fit, softcap <= 0, unknown reduction, a CPU target out of range, or the
-            requested impl cannot run these arguments.
+        ValueError: shapes, dtypes or devices do not fit, softcap <= 0, unknown reduction, a CPU target out of range, or
+            the requested impl cannot run these arguments.
 
     Source: softcap from https://arxiv.org/abs/2408.00118, section 2.
     """
@@ -258,11 +267,12 @@ def softcapped_cross_entropy(
     D = hidden.shape[-1]
     is_head = weight.dim() == 2 and weight.shape[1] == D and weight.shape[0] > 0
     require(is_head, OP, f"weight must be [V, D={D}] with V > 0", _say(weight), "F.linear's layout")
-    alike = weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type)
+    alike = weight.dtype == hidden.dtype or autocast_dtype(hidden.device) is not None
     require(alike, OP, f"weight must be {hidden.dtype} as hidden is", _say(weight), "cast one or use autocast")
     expected = hidden.shape[:-1]
     require(targets.shape == expected, OP, f"targets must have hidden's shape {list(expected)}", _say(targets))
     require(targets.dtype == torch.int64, OP, "targets must be int64", _say(targets), "use targets.long()")
+    require_one_device(OP, hidden=hidden, weight=weight, targets=targets)
     require(0 < softcap < math.inf, OP, "softcap must be positive and finite", softcap)
     require(reduction in ("mean", "sum", "none"), OP, "reduction must be 'mean', 'sum' or 'none'", repr(reduction))
     if targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel():
