@@ -247,8 +247,14 @@ def _share_of(on_progress: Callable[[int, int], None], i: int, n: int) -> Callab
 
 
 def _record_name(method: str, cfg: Config, causal: bool, limit: int) -> str:
-    """The key of a score in scores.json; a partial or leaky score never takes the place of a whole, causal one."""
-    name = method if causal else f"INVALID {method} {cfg.slot_share}"
+    """The key of a score in scores.json; a variant, partial or leaky one never takes the place of the method's own."""
+    parts = method.split("+")
+    words = [method]
+    words += [cfg.slot_share] if not causal else []
+    words += ["temperature"] if "slot" in parts and cfg.slot_parameters == "temperature" else []
+    words += ["hashed"] if "slot" in parts and cfg.slot_buckets else []
+    words += ["focal"] if "ttt" in parts and cfg.ttt_focal_gamma else []
+    name = " ".join(words if causal else ["INVALID", *words])
     return f"{name}, first {limit} tokens" if limit else name
 
 

@@ -97,6 +97,18 @@ def test_stages_run_in_order_with_their_clocks(evaluate):
     assert "ttt_lr" in alone["settings"] and "slot_lr" not in alone["settings"]
 
 
+def test_published_negative_results_are_one_command_each(evaluate):
+    """Each keeps a score of its own beside the method's."""
+    options = ("--method", "slot,ttt,ctw", "--set", "slot_buckets=8", "--parameters", "delta", *TTT, *TOKENS)
+    assert evaluate(*options, "--set", "ttt_focal_gamma=2")[0] == 0
+    assert evaluate("--method", "slot", "--set", "slot_parameters=temperature", "--lr", "0.1", *TOKENS)[0] == 0
+    kept = json.loads((evaluate.folder / run.SCORES).read_text())
+    names = ("slot hashed", "ttt focal", "ctw", "slot temperature")
+    assert {f"{name}, first 900 tokens" for name in names} <= kept.keys()
+    assert len({kept[f"{name}, first 900 tokens"]["val_loss"] for name in names}) == 4
+    assert all(kept[f"{name}, first 900 tokens"]["causal"] for name in names)
+
+
 def test_published_scoring_lies_over_an_artifact(evaluate):
     options = ("--set", "eval_stride=16", "--set", "eval_windows=legacy", *TOKENS, "--json")
     code, out, err = evaluate("--method", "slot", "--published", "pr1217-window", *options)

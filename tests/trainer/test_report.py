@@ -265,12 +265,60 @@ def test_loss_that_is_not_finite(tmp_path):
 def test_partial_scores_and_what_they_cover(tmp_path):
     scores = [score("plain", 1.3, tokens=1000), score("slot", 1.2, tokens=2000, text="normalised", causal=False)]
     page = page_of(make_run(tmp_path / "partial", full_events(), scores=scores))
-    assert "Not scored yet: Sliding window." in page.text
-    assert "not all of the same tokens" in page.text
+    assert "Not scored yet: Sliding window; Sliding + SLOT." in page.text
+    assert "INVALID Sliding + SLOT 1.200000" in page.text
+    assert "marked INVALID is not causal" in page.text
     assert "Bits per byte are of normalised text" in page.text
     assert "do not say whether their bytes are of raw or of normalised text" in page.text
-    assert "not causal" in page.text
+    assert "+0.0654 bits/byte" in page.text
+    assert "Sliding + SLOT 1.2000" not in page.text.replace("1.200000", ""), "an INVALID score among the stages"
+    scores = [score("plain", 1.3, tokens=1000), score("slot", 1.2, tokens=2000)]
+    page = page_of(make_run(tmp_path / "parts", full_events(), scores=scores))
+    assert "not all of the same tokens" in page.text
     assert "+0.0654" not in page.text, "a difference between scores of different texts"
+
+
+def test_every_score_is_in_the_table(tmp_path):
+    """All methods, variants, parts and forms that leak; only valid scores of all the text are stages."""
+    ttt = {"ttt_epochs": 3, "ttt_lr": 0.002, "ttt_chunk_tokens": 32768, "ttt_focal_gamma": 2.0}
+    leaky = {"causal": False, "standing": "INVALID: one fit serves overlapping windows"}
+    tree = {"ctw_depth": 4, "ctw_weight": 0.1}
+    results = {
+        "INVALID slot shared-context": score("slot", 0.9, **leaky),
+        "INVALID slot+ttt scored, first 900 tokens": score("slot+ttt", 0.8, **leaky, tokens=900),
+        "sliding, first 900 tokens": score("sliding", 1.11, tokens=900),
+        "ctw": score("ctw", 1.2022, settings=SCORING | tree),
+        "ttt focal": score("ttt", 1.2055, settings=SCORING | ttt),
+        "ttt": score("ttt", 1.1999, settings=SCORING | ttt | {"ttt_focal_gamma": 0.0}),
+        "slot hashed": score("slot", 1.1888, settings=SCORING | SLOT | {"slot_buckets": 128}),
+        "slot temperature": score("slot", 1.1944),
+        "sliding": score("sliding", 1.2111),
+        "plain": score("plain", 1.2433),
+        "something new": score("something", 1.3),
+    }
+    run_dir = make_run(tmp_path / "all", full_events())
+    (run_dir / run.SCORES).write_text(json.dumps(results))
+    page = page_of(run_dir)
+    titles = [
+        *("Trained weights 1.234567", "After int6 1.243300", "Sliding window 1.211100"),
+        *("Sliding + SLOT (hashed) 1.188800", "Sliding + SLOT (temperature) 1.194400", "Sliding + TTT 1.199900"),
+        *("Sliding + TTT (focal) 1.205500", "Sliding + context tree 1.202200", "something (new) 1.300000"),
+        *("Sliding window, first 900 tokens 1.110000", "INVALID Sliding + SLOT (shared-context) 0.900000"),
+        "INVALID SLOT + TTT (scored), first 900 tokens 0.800000",
+    ]
+    places = [page.text.index(title) for title in titles]
+    assert places == sorted(places)
+    for words in (
+        "INVALID: one fit serves overlapping windows",
+        "a table of 128 hashed shifts",
+        "3 epochs of SGD, lr 0.002, on every 32,768 tokens, focal loss, gamma 2",
+        "contexts of 4 tokens, weight 0.1 at most",
+    ):
+        assert words in page.text
+    above = page.text[: places[0]]  # the large figures and the chart
+    assert "1.1999" in above and "INVALID" not in above.replace("marked INVALID", "")
+    assert "0.9000" not in above and "1.1100" not in above
+    assert "Not scored yet: Sliding + SLOT." in page.text  # its variants are not it
 
 
 def test_scores_of_another_part_of_the_text_are_not_subtracted(tmp_path):

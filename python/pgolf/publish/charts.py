@@ -205,4 +205,4 @@ def stage_chart(stages: Sequence[tuple[str, float]]) -> Html:
         axes.set_xlabel("bits per byte (the axis does not start at zero)")
 
     label = "Bits per byte by stage: " + ", ".join(f"{name} {value:.4f}" for name, value in stages)
-    return _svg("stages", MEDIUM, label, draw)
+    return _svg("stages", (MEDIUM[0], max(MEDIUM[1], 60 + 40 * len(stages))), label, draw)

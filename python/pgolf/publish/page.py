@@ -168,6 +168,7 @@ td { vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
 .columns td:first-child { white-space: nowrap; }
 .columns td:last-child { min-width: 17em; }
+.invalid { color: var(--c5); font-weight: 550; }
 .num { text-align: right; white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; }
 code { font: 0.92em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }

@@ -13,21 +13,57 @@ from ..artifact.inspect import inspect
 from ..config import Config
 from ..presets import PRESETS
 
-# The stages of a run's score, in the order in which a report tells them.
+# The stages of a run's score, in the order in which a report tells them; those of EXPECTED are missed if they lack.
 TRAINED = "Trained weights"
-SCORE_NAMES = {"plain": "After int6", "sliding": "Sliding window", "slot": "Sliding + SLOT"}
-METHODS = tuple(SCORE_NAMES)
+SCORE_NAMES = {
+    "plain": "After int6",
+    "sliding": "Sliding window",
+    "slot": "Sliding + SLOT",
+    "ttt": "Sliding + TTT",
+    "slot+ttt": "SLOT + TTT",
+    "ctw": "Sliding + context tree",
+}
+EXPECTED = ("plain", "sliding", "slot")
+INVALID = "INVALID "
+
+
+@dataclass(frozen=True)
+class ScoreName:
+    """The key of a score in scores.json, taken apart: [INVALID ]METHOD[ VARIANT][, PART]."""
+
+    method: str
+    variant: str
+    part: str
+    valid: bool
+
+    @classmethod
+    def of(cls, key: str, score: dict) -> "ScoreName":
+        name, _, part = key.removeprefix(INVALID).partition(", ")
+        method, _, variant = name.partition(" ")
+        return cls(method, variant, part, score.get("causal", True) and not key.startswith(INVALID))
+
+    @property
+    def order(self) -> tuple:
+        """Valid and whole ones first, then as SCORE_NAMES has them."""
+        known = list(SCORE_NAMES)
+        place = known.index(self.method) if self.method in known else len(known)
+        return not self.valid, self.part, place, self.method, self.variant
+
+    def __str__(self) -> str:
+        text = SCORE_NAMES.get(self.method, self.method)
+        text += f" ({self.variant})" if self.variant else ""
+        return f"{'' if self.valid else INVALID}{text}{', ' if self.part else ''}{self.part}"
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run. `artifact_error` is the sentence why an artifact that exists could not be read."""
+    """One run. scores: all of scores.json, by name in reading order; `artifact_error`: why an artifact is not read."""
 
     name: str
     cfg: Config
     environment: dict
     events: list[dict]
-    scores: dict[str, dict]
+    scores: dict[ScoreName, dict]
     artifact: dict | None
     artifact_error: str | None
 
@@ -41,12 +77,13 @@ class RunRecord:
                 artifact = inspect(run_dir / run.ARTIFACT)
             except ValueError as problem:
                 error = str(problem)
+        named = [(ScoreName.of(key, score), score) for key, score in _read_object(run_dir / run.SCORES).items()]
         return cls(
             name=run_dir.resolve().name,
             cfg=cfg,
             environment=_read_object(run_dir / run.ENVIRONMENT),
             events=run.read_log(run_dir),
-            scores={k: v for k, v in _read_object(run_dir / run.SCORES).items() if k in METHODS},
+            scores=dict(sorted(named, key=lambda pair: pair[0].order)),
             artifact=artifact,
             artifact_error=error,
         )
@@ -97,11 +134,21 @@ class RunRecord:
         return self.last_step * self.cfg.train_batch_tokens / self.train_seconds if self.train_seconds else None
 
     @property
+    def stages(self) -> list[tuple[str, float]]:
+        """(name, bits per byte) of what may be compared: the trained weights and every valid score of all the text."""
+        trained = [(TRAINED, self.end["val_bpb"])] if self.end else []
+        return trained + [(str(name), score["val_bpb"]) for name, score in self._comparable.items()]
+
+    @property
+    def _comparable(self) -> dict[ScoreName, dict]:
+        return {name: score for name, score in self.scores.items() if name.valid and not name.part}
+
+    @property
     def same_text(self) -> bool:
-        """Whether all scores are of the same tokens: their bytes per token, val_loss / (ln 2 val_bpb), tell."""
-        scores = [*self.scores.values(), *([self.end] if self.end else [])]
+        """Whether `stages` are of the same tokens: their bytes per token, val_loss / (ln 2 val_bpb), tell."""
+        scores = [*self._comparable.values(), *([self.end] if self.end else [])]
         ratios = np.array([score["val_loss"] / (score["val_bpb"] or np.nan) for score in scores])
-        counts = {score["tokens"] for score in self.scores.values()}
+        counts = {score["tokens"] for score in self._comparable.values()}
         return len(counts) <= 1 and np.allclose(ratios, ratios[:1], rtol=1e-9, atol=0)
 
     def base_config(self) -> tuple[str, Config]:

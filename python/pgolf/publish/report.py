@@ -9,8 +9,10 @@ from pathlib import Path
 from .. import run
 from .curves import training
 from .page import Html, document, element
-from .record import METHODS, SCORE_NAMES, TRAINED, RunRecord, duration
+from .record import RunRecord, duration
 from .sections import artifact, implementations, machine, scores, settings
+
+LADDER_CELLS = 5  # more do not fit side by side; the table has them all
 
 
 def write_report(run_dir: Path) -> Path:
@@ -57,9 +59,8 @@ def header(record: RunRecord) -> Html:
 
 
 def ladder(record: RunRecord) -> Html | None:
-    """Bits per byte of every stage in large figures, each with the change from the one before."""
-    cells = [(TRAINED, record.end["val_bpb"])] if record.end else []
-    cells += [(SCORE_NAMES[m], record.scores[m]["val_bpb"]) for m in METHODS if m in record.scores]
+    """Bits per byte of the first stages in large figures, each with the change from the one before."""
+    cells = record.stages[:LADDER_CELLS]
     if not cells:
         cells = [(f"Validation at step {e['step']:,}", e["val_bpb"]) for e in record.of("validate")[-1:]]
     if not cells:

@@ -4,13 +4,16 @@ import dataclasses
 
 from . import charts
 from .page import Html, code, element, figure, note, section, table
-from .record import METHODS, SCORE_NAMES, TRAINED, RunRecord
+from .record import EXPECTED, SCORE_NAMES, TRAINED, RunRecord, ScoreName
 
 STAGE_TERMS = {
     "trained": "The weights as training left them, averaged if the run averages, over windows that do not overlap.",
     "plain": "The same windows with the weights of the artifact: the difference is what quantisation costs.",
     "sliding": "Windows overlap, so that nearly every token is predicted from a long context.",
-    "slot": "Also fits a small correction to each window's own past before it scores what follows.",
+    "slot": "Also fits a small correction to the past before it scores what follows.",
+    "ttt": "Trains the model on each stretch of text once it has been scored, for the stretches after it.",
+    "slot+ttt": "Both: a correction before a window is scored, training once a stretch has been.",
+    "ctw": "Mixes in the counts of what followed the last few tokens earlier in the text.",
 }
 
 KIND_TERMS = {
@@ -33,14 +36,14 @@ TEXT_SENTENCES = {
 
 
 def scores(record: RunRecord) -> Html:
-    stages = [(TRAINED, record.end["val_bpb"])] if record.end else []
-    stages += [(SCORE_NAMES[m], record.scores[m]["val_bpb"]) for m in METHODS if m in record.scores]
-    rows = [_score_row(record, method) for method in METHODS if method in record.scores]
+    stages = record.stages
+    rows = [_score_row(name, score) for name, score in record.scores.items()]
     if record.end:
         rows.insert(0, [TRAINED, f"{record.end['val_bpb']:.6f}", f"{record.end['val_loss']:.6f}", "", "", "", ""])
-    missing = [SCORE_NAMES[m] for m in METHODS if m not in record.scores]
+    scored = {name.method for name in record.scores if name.valid and not name.part and not name.variant}
+    missing = [SCORE_NAMES[m] for m in EXPECTED if m not in scored]
     notes = []
-    if len(missing) == len(METHODS):
+    if not record.scores:
         notes.append(note("The artifact has not been scored; ", code("pgolf eval"), " does that."))
     elif missing:
         notes.append(note(f"Not scored yet: {'; '.join(missing)}."))
@@ -60,35 +63,50 @@ def scores(record: RunRecord) -> Html:
 def _stage_terms(record: RunRecord) -> Html:
     """What each stage of the chart is, for readers who have not met it."""
     terms = [(TRAINED, STAGE_TERMS["trained"])] if record.end else []
-    terms += [(SCORE_NAMES[m], STAGE_TERMS[m]) for m in METHODS if m in record.scores]
+    scored = {name.method for name in record.scores}
+    terms += [(title, STAGE_TERMS[m]) for m, title in SCORE_NAMES.items() if m in scored]
     pairs = [part for name, text in terms for part in (element("dt", name), element("dd", text))]
     return element("div", element("h3", "What the stages are"), element("dl", *pairs, class_="terms"), class_="card")
 
 
-def _score_row(record: RunRecord, method: str) -> list[str]:
-    score = record.scores[method]
+def _score_row(name: ScoreName, score: dict) -> list[Html | str]:
     return [
-        SCORE_NAMES[method],
+        str(name) if name.valid else element("span", str(name), class_="invalid"),
         f"{score['val_bpb']:.6f}",
         f"{score['val_loss']:.6f}",
         f"{score['tokens']:,}",
         f"{score['bytes']:,}",
         f"{score['seconds']:,.1f}",
-        _how(method, score.get("settings", {})),
+        "; ".join(filter(None, (_how(name.method, score.get("settings", {})), _why_invalid(score)))),
     ]
+
+
+def _why_invalid(score: dict) -> str:
+    return "" if score.get("causal", True) else score.get("standing", "not causal")
 
 
 def _how(method: str, settings: dict) -> str:
     """The settings of a score in words; an unknown one is left out."""
-    parts = []
+    parts, methods = [], method.split("+")
     if "eval_seq_len" in settings:
         parts.append(f"windows of {settings['eval_seq_len']:,} tokens")
         if method != "plain":
             parts.append(f"stride {settings['eval_stride']:,}")
-    if method == "slot" and "slot_steps" in settings:
+    if "slot" in methods and "slot_steps" in settings:
         parts.append(f"{settings['slot_steps']} steps on {settings['slot_parameters']}, lr {settings['slot_lr']:g}")
         if settings["slot_half_life"]:
             parts.append(f"half-life {settings['slot_half_life']:g} tokens")
+        if settings.get("slot_buckets"):
+            parts.append(f"a table of {settings['slot_buckets']} hashed shifts")
+    if "ttt" in methods and "ttt_lr" in settings:
+        parts.append(
+            f"{settings['ttt_epochs']} epochs of SGD, lr {settings['ttt_lr']:g}, on every "
+            f"{settings['ttt_chunk_tokens']:,} tokens"
+        )
+        if settings["ttt_focal_gamma"]:
+            parts.append(f"focal loss, gamma {settings['ttt_focal_gamma']:g}")
+    if "ctw" in methods and "ctw_weight" in settings:
+        parts.append(f"contexts of {settings['ctw_depth']} tokens, weight {settings['ctw_weight']:g} at most")
     return ", ".join(parts)
 
 
@@ -104,8 +122,11 @@ def comparability(record: RunRecord) -> list[str]:
             "The scores are not all of the same tokens (see val_tokens for training, --tokens for scoring), so they do "
             "not compare with each other exactly."
         )
-    if any(score.get("causal") is False for score in record.scores.values()):
-        sentences.append("A score marks itself as not causal: its predictions have seen the text they are scored on.")
+    if any(not name.valid for name in record.scores):
+        sentences.append(
+            "A score marked INVALID is not causal: its predictions have seen the text they are scored on. It is in the "
+            "table alone and compares with nothing."
+        )
     return sentences
 
 
