@@ -125,7 +125,7 @@ def test_the_bar_depends_on_the_tokenizer(three):
     assert m["bar_bpb"] == pytest.approx(0.005 / math.log(2) / 2.5)
     assert m["val_loss"]["mean"] == pytest.approx(1.001 * math.log(2) * 2.5)
     a = stats(three, ["1.0049"])["methods"]["sliding"]["against"]
-    assert (a["test"], a["gain_bpb"]) == ("one-sample t", pytest.approx(0.0039))
+    assert (a["test"], a["gain_bpb"]) == ("one-sample t-test", pytest.approx(0.0039))
     assert a["gain_nats"] == pytest.approx(0.0039 * math.log(2) * 2.5)
     assert a["p_bar"] == pytest.approx(p_value((1.0, 1.001, 1.002), [1.0049], m["bar_bpb"]))
     assert not a["passes"]
@@ -138,7 +138,7 @@ def test_scores_of_a_published_system_are_of_its_text(three, tmp_path):
     size = {"tokens": 62_021_632, "bytes": CHALLENGE_BYTES - 6000, "val_loss": 1.85}
     ours = [make_run(tmp_path / "real" / f"s{i}", i, 0, **size | {"val_loss": 1.85 + i / 1e4}) for i in (1, 2, 3)]
     a = stats(ours, ["pr1217"])["methods"]["sliding"]["against"]
-    assert (a["name"], a["num_scores"], a["test"]) == ("pr1217", 3, "Welch")
+    assert (a["name"], a["num_scores"], a["test"]) == ("pr1217", 3, "Welch's t-test")
     assert a["mean_bpb"] == pytest.approx(1.10272, abs=5e-6)
     assert a["mean_bpb"] == pytest.approx(FACTS["pr1217"].published_bpb, abs=5e-5)
 

@@ -34,6 +34,7 @@ def write_audit(run_dir, signed=True, **changes):
     score = json.loads((run_dir / run.SCORES).read_text())["sliding"]
     audit = {
         "version": 1,
+        "evaluator": "pgolf",
         "artifact_sha256": score["artifact_sha256"],
         "method": score["method"],
         "settings": score["settings"],
@@ -129,6 +130,7 @@ def test_the_folder_of_three_seeds(runs, tmp_path):
     assert re.search(r"^torch==\d+\.\d+\.\d+$", requirements, re.M)
     log = (out / "train_seed2.log").read_text()
     assert "seed:2 preset:tiny" in log
+    assert re.search(rf"^train_shards:1 train_tokens:\d+ val_tokens:{scores[1]['tokens']}$", log, re.M)
     assert re.search(r"^step:3/3 train_loss:\d\.\d{4} train_time:\d+ms", log, re.M)
     assert f"final_int6_sliding_window_exact val_loss:{scores[1]['val_loss']:.8f}" in log
     assert re.search(r"^Serialized model int6\+brotli: \d+ bytes \(quantising:", log, re.M)
@@ -147,6 +149,8 @@ def test_the_readme_has_the_order_that_reviewers_expect(runs, tmp_path):
     assert "| C1: strict causal dependence | pass | pass | pass | T1 title of T1 |" in text
     assert "| `max_steps` | 3 | 200 |" in text
     assert "3 runs are reported of 3 started" in text
+    assert "one-sample t-test, one-sided, better at all: p = " in text
+    assert "quantised BPB" not in text
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.endswith("|")
@@ -172,6 +176,8 @@ def test_audits_that_stop_a_submission(runs, tmp_path):
     refused(runs, out, "is of an artifact with sha256 111111111111")
     write_audit(runs[0], settings={})
     refused(runs, out, "audits other settings: drop_val_tail is None there and False in the score")
+    write_audit(runs[0], evaluator="mine:Evaluator")
+    refused(runs, out, "audits the evaluator 'mine:Evaluator'")
     write_audit(runs[1], method="slot")
     write_audit(runs[0])
     refused(runs, out, "audits the method 'slot', the score is of 'sliding'")

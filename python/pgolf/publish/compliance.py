@@ -11,6 +11,7 @@ from .clocks import seconds_over
 from .seeds import SeedRun, read_object
 
 AUDIT = "audit.json"
+EVALUATOR = "pgolf"  # audit.json's name for the evaluator of `pgolf eval`
 CONDITIONS = {
     "C1": "strict causal dependence",
     "C2": "full normalised distribution",
@@ -54,6 +55,8 @@ def audit_of(r: SeedRun, method: str) -> dict:
             f"{path}: is of an artifact with sha256 {audit['artifact_sha256'][:12]}, {run.ARTIFACT} has "
             f"{artifact[:12]}; audit it again"
         )
+    if audit["evaluator"] != EVALUATOR:
+        raise InputError(f"{path}: audits the evaluator {audit['evaluator']!r}, the score is by `pgolf eval`")
     if audit["method"] != score["method"]:
         raise InputError(f"{path}: audits the method {audit['method']!r}, the score is of {score['method']!r}")
     ours, theirs = score["settings"], audit["settings"]
@@ -92,6 +95,7 @@ def fields(audits: list[dict], clocks: list[dict], totals: list[int]) -> dict:
         "c3_score_before_update": holds(audits, "C3"),
         "c4_single_pass": holds(audits, "C4"),
         "no_slot": "slot" not in parts,
+        "no_etlb": "etlb" not in parts,
         "no_ngram_cache": "ctw" not in parts and holds(audits, "C2"),
         "score_first_ttt": "ttt" in parts and holds(audits, "C3"),
         "no_pre_quant_ttt": holds(audits, "C3"),

@@ -1,8 +1,7 @@
 """README.md of a submission, in the order in which reviewers look for things, from what `submit` has checked."""
 
-import dataclasses
-
 from ..artifact.pack import LIMIT_BYTES
+from ..ledger import differing_fields
 from ..presets import PRESETS
 from .clocks import LIMIT_S
 from .compliance import CONDITIONS, verdict
@@ -10,8 +9,7 @@ from .stats import BAR_NATS, compare, notes, summary
 from .submission import RECORD, Submission
 
 PULLS = "https://github.com/openai/parameter-golf/pull/"
-# Settings that a system and its descendant may differ in without being different systems.
-NOT_CHANGES = ("preset", "seed", "log_every", "val_every", "val_tokens", "checkpoint_every", "micro_batch_tokens")
+QUANTISED = 4  # column of the seed table: the artifact's score without overlap, which not everybody makes
 
 
 def render(s: Submission, content: dict, files: list[str]) -> str:
@@ -68,12 +66,18 @@ def _seed_table(s: Submission, c: dict) -> str:
         rows.append(["std (ddof 1)", *blank, "", "", f"{c['val_bpb_std']:.8f}", f"{c['val_loss_std']:.8f}"])
     head = ["seed", "steps", "ms/step", "pre-quant BPB", "quantised BPB", "final BPB", "nats/token"]
     head += ["train s", "eval s", "artifact bytes"]
+    if not any(row[QUANTISED] for row in rows):  # nobody scored without overlap
+        head, rows = _without_quantised(head), [_without_quantised(row) for row in rows]
     started = "an unknown number" if c["runs_started"] is None else c["runs_started"]
     told = f"{c['runs_reported']} runs are reported of {started} started with this config."
     if s.seeds.reason:
         told += f" The reason given for the difference: {s.seeds.reason}"
     told += "".join(f"\n- not reported: {entry}" for entry in s.seeds.unreported)
     return f"## Results\n\n{_table(head, rows)}\n\n{told}"
+
+
+def _without_quantised(row: list[str]) -> list[str]:
+    return row[:QUANTISED] + row[QUANTISED + 1 :]
 
 
 def _delta(s: Submission, c: dict) -> str:
@@ -84,12 +88,13 @@ def _delta(s: Submission, c: dict) -> str:
         return f"## Difference\n\nNo reference was named. {bar}"
     a = compare(s.seeds, s.method, s.reference)
     verdict = "passes" if a["passes"] else "does not pass"
+    known = "" if a["name"] == f"{a['mean_bpb']:g}" else f" ({a['mean_bpb']:.5f})"
     p = "not defined: no spread" if a["p_better"] is None else f"p = {a['p_better']:.3g}"
     p_bar = "not defined" if a["p_bar"] is None else f"p = {a['p_bar']:.3g}, which {verdict} p < 0.01"
     return (
-        f"## Difference to {a['name']} ({a['mean_bpb']:.5f})\n\n"
+        f"## Difference to {a['name']}{known}\n\n"
         f"{c['delta_bpb']:+.5f} bits per byte, {c['delta_nats']:+.5f} nats per token. {bar}\n\n"
-        f"- one-sided {a['test']}, better at all: {p}\n- better by more than {BAR_NATS} nats: {p_bar}"
+        f"- {a['test']}, one-sided, better at all: {p}\n- better by more than {BAR_NATS} nats: {p_bar}"
     )
 
 
@@ -98,10 +103,7 @@ def _changes(s: Submission) -> str:
     base = PRESETS.get(cfg.preset)
     if base is None:
         return ""
-    ours, theirs = dataclasses.asdict(cfg), dataclasses.asdict(base)
-    rows = [
-        [f"`{k}`", _value(v), _value(theirs[k])] for k, v in ours.items() if v != theirs[k] and k not in NOT_CHANGES
-    ]
+    rows = [[f"`{name}`", _value(here), _value(there)] for name, here, there in differing_fields(cfg, base)]
     name = _linked(cfg.preset)
     if not rows:
         return f"## What changed\n\nNothing in the settings: they are those of {name}."

@@ -86,8 +86,7 @@ def compare(seeds: Seeds, method: str, reference: Reference) -> dict:
     """One method of the seeds against a reference.
 
     Returns:
-        {"name", "mean_bpb", "num_scores", "test": "Welch" or "one-sample t", "gain_bpb", "gain_nats": what ours are
-        better by, "p_better": that they are at all, "p_bar": that it is by more than the bar, "passes": p_bar < 0.01,
+        {"name", "mean_bpb", "num_scores", "test": its name, "gain_bpb", "gain_nats": what ours are better by, "p_better": that they are at all, "p_bar": that it is by more than the bar, "passes": p_bar < 0.01,
         "seeds_as_observed", "seeds_for_power": seeds in all for that, see `seeds_needed`}
 
     Raises:
@@ -107,7 +106,7 @@ def compare(seeds: Seeds, method: str, reference: Reference) -> dict:
         "name": reference.name,
         "mean_bpb": sum(theirs) / len(theirs),
         "num_scores": len(theirs),
-        "test": "Welch" if len(theirs) > 1 else "one-sample t",
+        "test": "Welch's t-test" if len(theirs) > 1 else "one-sample t-test",
         "gain_bpb": gain,
         "gain_nats": gain * math.log(2) * of["bytes_per_token"],
         "p_better": p_value(ours, theirs),
@@ -212,7 +211,7 @@ def against_lines(a: dict) -> list[str]:
     if a["p_better"] is None:
         return [*found, "no test without a spread: run more seeds"]
     rule = f"better by more than {BAR_NATS} nats: p = {a['p_bar']:.3g}"
-    found.append(f"one-sided {a['test']}: better at all: p = {a['p_better']:.3g}; {rule}")
+    found.append(f"{a['test']}, one-sided: better at all: p = {a['p_better']:.3g}; {rule}")
     if a["passes"]:
         return [*found, f"this passes p < {ALPHA}"]
     if a["seeds_as_observed"] is None:

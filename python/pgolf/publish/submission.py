@@ -249,7 +249,7 @@ def submission_json(s: Submission) -> dict:
             "comparison_val_bpb": a["mean_bpb"],
             "delta_bpb": round(-a["gain_bpb"], 8),
             "delta_nats": round(-a["gain_nats"], 8),
-            "test": f"one-sided {a['test']}",
+            "test": f"{a['test']}, one-sided",
             "p_value": a["p_better"],
             "p_value_0_005_nats": a["p_bar"],
         }
@@ -284,7 +284,11 @@ def requirements(environment: dict) -> str:
 
 def training_log(r: SeedRun, method: str) -> str:
     """The run's log in the text form of the published systems, then its packing, its scores and its clocks."""
-    lines: list[str] = [f"seed:{r.cfg.seed} preset:{r.cfg.preset}"]
+    score, data = r.scores[method], r.data
+    lines = [
+        f"seed:{r.cfg.seed} preset:{r.cfg.preset}",
+        f"train_shards:{data.get('train_shards')} train_tokens:{data.get('train_tokens')} val_tokens:{score['tokens']}",
+    ]
     write: Callable[[str, dict], None] = log_lines(r.cfg, lines.append)
     for event in r.events:
         write(event["event"], event)
@@ -293,7 +297,6 @@ def training_log(r: SeedRun, method: str) -> str:
         elif event["event"] == "pack":
             stages = " ".join(f"{stage}:{1e3 * seconds:.0f}ms" for stage, seconds in event["seconds"].items())
             lines.append(f"Serialized model int6+{r.cfg.compressor}: {event['artifact_bytes']} bytes ({stages})")
-    score = r.scores[method]
     cfg = r.cfg.replace(**{k: tuple(v) if isinstance(v, list) else v for k, v in score["settings"].items()})
     lines += score_lines(cfg, score["method"], score)
     lines += [f"clock {name}: {seconds:.3f} s" for name, seconds in clocks(r, method).items()]
