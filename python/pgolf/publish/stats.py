@@ -86,7 +86,8 @@ def compare(seeds: Seeds, method: str, reference: Reference) -> dict:
     """One method of the seeds against a reference.
 
     Returns:
-        {"name", "mean_bpb", "num_scores", "test": its name, "gain_bpb", "gain_nats": what ours are better by, "p_better": that they are at all, "p_bar": that it is by more than the bar, "passes": p_bar < 0.01,
+        {"name", "mean_bpb", "num_scores", "test": its name, "gain_bpb", "gain_nats": what ours are better by,
+        "p_better": that they are at all, "p_bar": that it is by more than the bar, "passes": p_bar < 0.01,
         "seeds_as_observed", "seeds_for_power": seeds in all for that, see `seeds_needed`}
 
     Raises:
