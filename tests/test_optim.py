@@ -52,6 +52,25 @@ def test_golden_steps(device, name):
                 torch.testing.assert_close(p.detach(), want, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["pr549_muon", "pr1217_muoneq_r"])
+def test_golden_steps_in_bfloat16(name):
+    """As the banked systems run: momentum and products in bfloat16, within what their arrays state for it."""
+    inputs, settings = RUNS[name]
+    params = [torch.nn.Parameter(torch.from_numpy(GOLDEN[f"{inputs}/{key}/init"])) for key in ("p1", "p2")]
+    low = {"compute_dtype": torch.bfloat16, "momentum_dtype": torch.bfloat16, "ns_plain": True}
+    optimizer = Muon(params, **settings, **low)
+    momentum = [torch.zeros_like(p, dtype=torch.bfloat16) for p in params]
+    for step in range(5):
+        for key, p, buffer in zip(("p1", "p2"), params, momentum, strict=True):
+            p.grad = torch.from_numpy(GOLDEN[f"{inputs}/{key}/grads"][step])
+            buffer.mul_(settings["momentum"]).add_(p.grad.bfloat16())  # rounded after the product and after the sum
+        optimizer.step()
+    for key, p, buffer in zip(("p1", "p2"), params, momentum, strict=True):
+        want = torch.from_numpy(GOLDEN[f"{name}/{key}/final_bf16"])
+        torch.testing.assert_close(p.detach(), want, rtol=0, atol=3.5e-3)
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], buffer)
+
+
 def random_params(shapes, device="cpu", dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]

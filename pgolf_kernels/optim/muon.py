@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
             they all land on rank 0. The last two keep 1/W of the momentum on a rank; see `full_state_dict`.
         comms_dtype: of gradients and updates on their way; None: the compute dtype.
         reduction: of "parallel" gradients, "mean" or "sum" (of losses that all ranks' tokens were divided out of).
-        momentum_dtype: of the momentum and its sums; #1217 and #1128 keep it in bfloat16.
+        momentum_dtype: of the momentum; #1217 and #1128 keep it in bfloat16.
         ns_impl: implementation of Newton-Schulz, as in `newton_schulz_banks`.
         ns_plain: its published arithmetic, without finer formats inside, as in `newton_schulz`.
         fused: momentum and update in one Triton launch each per group; parameters must be contiguous and on a GPU, the
@@ -246,11 +246,16 @@ class Muon(torch.optim.Optimizer):
         return [self._advance(params, [as_bank(p.grad)[owned(p)] for p in params], group) for params in alike]
 
     def _advance(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> Tensor:
-        """The same for one shape: (matrices, rows, cols), in the momentum's dtype. grads: of what this rank owns."""
+        """The same for one shape: (matrices, rows, cols), float32. grads: of what this rank owns."""
         buffers = [as_bank(buffer) for buffer in self._buffers(params)]
         grads = [g.to(self.momentum_dtype) for g in grads]
-        torch._foreach_mul_(buffers, group["momentum"])
+        if self.momentum_dtype == torch.float32:
+            torch._foreach_mul_(buffers, group["momentum"])
+        else:  # on a CPU the pass above rounds 0.99 to the buffers' dtype, and bfloat16 has 0.988
+            for buffer in buffers:
+                buffer.mul_(group["momentum"])
         torch._foreach_add_(buffers, grads)
+        grads, buffers = [g.float() for g in grads], [buffer.float() for buffer in buffers]
         updates = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
         return updates[0] if len(updates) == 1 else torch.cat(updates)
 
