@@ -5,12 +5,14 @@ torch is never imported, so one build serves every torch version. Which compiler
     <op>/<op>_{generic,avx2,avx512,...}.cpp      one instruction set each (ISA_FLAGS); x86-64 only, but for generic
     <op>/<op>_cuda.cu                            every architecture of PGOLF_CUDA_ARCHS
     <op>/<op>_sm90.cu                            sm_90a alone: wgmma and TMA exist nowhere else
-and csrc/bindings_{cpu,cuda}.cpp are the modules. A new op needs no change here.
+and csrc/bindings_{cpu,cuda}.cpp are the modules. A new op needs no change here. The flags themselves are in
+csrc/flags.json, because `pgolf bundle` builds with them too.
 
 Environment: PGOLF_CUDA=auto|0|1, PGOLF_CUDA_ARCHS="80+PTX;90", PGOLF_SANITIZE=address,undefined|thread,
 PGOLF_DEBUG=1, PGOLF_EMULATE_AMX=1 (level amx on ordinary registers, for tests), MAX_JOBS, CXX, CUDA_HOME.
 """
 
+import json
 import os
 import platform
 import re
@@ -31,19 +33,13 @@ CXX = os.environ.get("CXX", "g++")
 DEBUG = os.environ.get("PGOLF_DEBUG", "0") == "1"
 SANITIZE = os.environ.get("PGOLF_SANITIZE", "")
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-# GCC 12 reports uninitialised variables inside its own AVX-512 headers.
-AVX512 = [*AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"]
-AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-AVX512BF16 = [*AVX512, *(f"-mavx512{x}" for x in ("bf16", "vbmi", "vnni"))]
 EMULATE_AMX = os.environ.get("PGOLF_EMULATE_AMX", "0") == "1"
-ISA_FLAGS = {
-    "generic": [],
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512bf16": AVX512BF16,
-    "amx": [*AVX512BF16, *([] if EMULATE_AMX else ["-mamx-tile", "-mamx-bf16", "-mamx-int8"])],
-}
+FLAGS = json.loads((CSRC / "flags.json").read_text())
+# A level has the flags of those below it. -Wuninitialized is off from AVX-512 on: GCC 12's own headers provoke it.
+ISA_FLAGS: dict[str, list[str]] = {}
+for level, added in FLAGS["isa_adds"].items():
+    below = next(reversed(ISA_FLAGS.values()), [])
+    ISA_FLAGS[level] = [*below, *([] if level == "amx" and EMULATE_AMX else added)]
 
 
 class Unit(NamedTuple):
@@ -64,8 +60,7 @@ def fail(problem: str, remedy: str) -> None:
 
 
 def host_flags() -> list[str]:
-    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-ffp-contract=fast"]
-    flags += ["-O1", "-g", "-D_GLIBCXX_ASSERTIONS"] if DEBUG else ["-O3", "-g1"]
+    flags = [*FLAGS["host"], *(["-O1", "-g", "-D_GLIBCXX_ASSERTIONS"] if DEBUG else FLAGS["release"])]
     flags += ["-DPGOLF_EMULATE_AMX"] if EMULATE_AMX else []
     return flags + sanitizer_flags() + thread_flags()
 
@@ -81,7 +76,7 @@ def sanitizer_flags() -> list[str]:
 
 def thread_flags() -> list[str]:
     # libgomp is not instrumented, so ThreadSanitizer sees races in every OpenMP region.
-    return ["-pthread", "-DPGOLF_STD_THREADS"] if "thread" in SANITIZE else ["-fopenmp"]
+    return ["-pthread", "-DPGOLF_STD_THREADS"] if "thread" in SANITIZE else FLAGS["threads"]
 
 
 def find_nvcc() -> Cuda | None:
@@ -129,16 +124,14 @@ def cuda_extension() -> Extension | None:
             fail("PGOLF_CUDA=1 but no working nvcc was found", "set CUDA_HOME, or PGOLF_CUDA=0 for a CPU build")
         print("pgolf_kernels: nvcc not found, building without CUDA")
         return None
-    flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-DNDEBUG", "-Xcompiler"]
-    flags += ["-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all", "-Xptxas", "--warn-on-spills"]
     # sm_80's machine code also runs on 8.6 and 8.9; newer GPUs than 9.0 compile the PTX for themselves.
     generic = architecture_flags(os.environ.get("PGOLF_CUDA_ARCHS", "80+PTX;90"))
     units = [Unit(CSRC / "bindings_cuda.cpp", host_flags(), "cxx")]
     for source in kernels:
         archs = architecture_flags("90a") if source.stem.endswith("_sm90") else generic
-        units.append(Unit(source, flags + archs, "nvcc"))
-    link = [f"-L{cuda.lib}", "-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
-    return extension("_cuda", units, [*sanitizer_flags(), *thread_flags(), *link], cuda.nvcc)
+        units.append(Unit(source, FLAGS["cuda"] + archs, "nvcc"))
+    link = [*sanitizer_flags(), *thread_flags(), f"-L{cuda.lib}", *FLAGS["cuda_link"]]
+    return extension("_cuda", units, link, cuda.nvcc)
 
 
 def extension(name: str, units: list[Unit], link: list[str], nvcc: str = "") -> Extension:

@@ -23,7 +23,8 @@ CHOSEN: dict[str, str] = {}
 
 # Triton's own switch, read once because Triton reads it when a kernel is defined.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_TRITON_MISSING = None if importlib.util.find_spec("triton") else "the package `triton` is not installed"
+# Why no Triton kernel can run here, or None; a bundled program that holds none says so here.
+TRITON_MISSING = None if importlib.util.find_spec("triton") else "the package `triton` is not installed"
 
 
 class Impl(NamedTuple):
@@ -112,8 +113,8 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
 
 def why_not_triton(*tensors: Tensor) -> str | None:
     """None if Triton can run on these tensors. TRITON_INTERPRET=1 runs kernels on the CPU, slowly, for tests."""
-    if _TRITON_MISSING:
-        return _TRITON_MISSING
+    if TRITON_MISSING:
+        return TRITON_MISSING
     for t in tensors:
         if t.numel() == 0:
             return f"Triton kernels need non-empty tensors, got shape {tuple(t.shape)}"

@@ -13,12 +13,14 @@ says size <= 512, "min_..." the other way round. What else a row has are the fie
 import functools
 import json
 import os
+import pkgutil
 import re
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 
+SHIPPED = ("sm_100", "sm_120", "sm_80", "sm_86", "sm_90")
 TileT = TypeVar("TileT", bound=tuple)
 
 
@@ -57,16 +59,24 @@ def own_file(on: Gpu) -> Path:
 
 def shipped() -> dict[str, dict]:
     """The tables of this package, "sm_90" -> table."""
-    return {path.stem: read(path) for path in sorted(Path(__file__).parent.glob("*.json"))}
+    return {name: _parse(f"{name}.json", pkgutil.get_data(__package__, f"{name}.json").decode()) for name in SHIPPED}
 
 
 def read(path: Path) -> dict:
     """Raises ValueError, naming the file, unless it holds kernels' rows."""
     try:
-        table = json.loads(path.read_text())
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); write it again") from error
+    return _parse(str(path), text)
+
+
+def _parse(path: str, text: str) -> dict:
+    try:
+        table = json.loads(text)
         kernels = [rows for op in table.values() if isinstance(op, dict) for rows in op.values()]
         valid = all(isinstance(row, dict) for rows in kernels for row in rows)
-    except (ValueError, AttributeError, TypeError, OSError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: not a table of tiles ({error}); write it again, or delete it") from error
     if not valid:
         raise ValueError(f"{path}: not a table of tiles (rows must be objects); write it again, or delete it")

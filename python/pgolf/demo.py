@@ -5,7 +5,7 @@ from pathlib import Path
 from . import run
 from .errors import InputError
 from .presets import preset
-from .progress import CONSOLE, meter, staged_meter
+from .progress import meter, note, staged_meter
 
 
 def run_demo(run_dir: Path, data: Path, preset_name: str, settings: list[str], device: str) -> dict:
@@ -39,7 +39,7 @@ def run_demo(run_dir: Path, data: Path, preset_name: str, settings: list[str], d
         with meter(f"scoring ({method})") as on_progress:
             scores[method] = evaluate(artifact, data, method, device=device, on_progress=on_progress)
     report = write_report(run_dir)
-    CONSOLE.print(f"report: {report}")
+    note(f"report: {report}")
     return {
         "run": str(run_dir),
         "train": summary,

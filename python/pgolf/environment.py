@@ -11,7 +11,6 @@ from pathlib import Path
 
 from .config import FIELDS, Config, parse_value
 from .errors import InputError
-from .presets import preset
 
 
 @dataclass(frozen=True)
@@ -243,17 +242,22 @@ class Request:
     notes: tuple[str, ...]
 
 
-def read_environment(environ: Mapping[str, str], preset_name: str, settings: Sequence[str] = ()) -> Request:
-    """The preset with the environment's values in place of its own.
+def read_environment(environ: Mapping[str, str], base: str | Config, settings: Sequence[str] = ()) -> Request:
+    """A config with the environment's values in place of its own.
 
     Args:
+        base: a preset's name, or a config.
         settings: `field=value`, for what the originals have no name for.
 
     Raises:
         InputError: a value that is malformed, out of range or not to be had here, two names, or a name and a setting,
             that disagree, a name that resembles a known one, or an unknown preset.
     """
-    config = preset(preset_name).with_settings(settings)
+    if isinstance(base, str):
+        from .presets import preset
+
+        base = preset(base)
+    config = base.with_settings(list(settings))
     for name in environ:
         _refuse_lookalike(name)
     present = {name: rule for name, rule in NAMES.items() if name in environ}

@@ -1,27 +1,40 @@
-"""Progress bars with the time left (rich). On anything but a terminal, a plain line now and then instead."""
+"""Progress bars with the time left (rich). On anything but a terminal, a plain line now and then instead.
 
+rich is imported where a bar is drawn: a bundled program does without it, and then has plain lines on a terminal too.
+"""
+
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 from .config import Config
 
-CONSOLE = Console(stderr=True, highlight=False)
 PLAIN_LINE_EVERY_S = 15.0
 
 
-def _bar() -> Progress:
+def note(text: str) -> None:
+    """A line for people that is no result, on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _draws() -> bool:
+    return sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+
+
+def _bar():
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     return Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=CONSOLE,
+        console=Console(stderr=True, highlight=False),
         transient=False,
     )
 
@@ -31,7 +44,7 @@ class Meter:
 
     def __init__(self, description: str, enabled: bool = True):
         self.description, self.enabled = description, enabled
-        self._bar = _bar() if enabled and CONSOLE.is_terminal else None
+        self._bar = _bar() if enabled and _draws() else None
         self._next_line = time.monotonic() + PLAIN_LINE_EVERY_S
 
     def __enter__(self) -> "Meter":
@@ -39,18 +52,18 @@ class Meter:
             self._bar.start()
             self._task = self._bar.add_task(self.description, total=1.0, note="")
         elif self.enabled:
-            CONSOLE.print(self.description)
+            note(self.description)
         return self
 
     def __exit__(self, *_exception) -> None:
         if self._bar:
             self._bar.stop()
 
-    def update(self, share: float, note: str = "") -> None:
+    def update(self, share: float, text: str = "") -> None:
         if self._bar:
-            self._bar.update(self._task, completed=min(share, 1.0), note=note)
+            self._bar.update(self._task, completed=min(share, 1.0), note=text)
         elif self.enabled and time.monotonic() >= self._next_line:
-            CONSOLE.print(f"{self.description}: {share:.0%} {note}")
+            note(f"{self.description}: {share:.0%} {text}")
             self._next_line = time.monotonic() + PLAIN_LINE_EVERY_S
 
 
@@ -84,7 +97,7 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         if self.enabled:
-            CONSOLE.print(text)
+            note(text)
 
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
@@ -92,8 +105,10 @@ class TrainingProgress:
         if self._meter:
             self._meter.__exit__()
             self._meter = None
-        if self.enabled and CONSOLE.is_terminal:
-            with CONSOLE.status(text):
+        if self.enabled and _draws():
+            from rich.console import Console
+
+            with Console(stderr=True, highlight=False).status(text):
                 yield
         else:
             self.note(text)

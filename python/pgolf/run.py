@@ -25,6 +25,7 @@ TOKENIZER, MODEL, ARTIFACT, SCORES, REPORT = (
     "report.html",
 )
 TRAINED_STEPS = "train_steps"  # in the metadata of MODEL, then in the header of ARTIFACT
+IMPLEMENTATIONS = "implementations"  # an event of LOG, then in the header of ARTIFACT
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -105,6 +106,23 @@ def read_log(run_dir: Path) -> list[dict]:
     return events
 
 
+def implementations(run_dir: Path) -> dict[str, str]:
+    """Which implementation each op of the training used, by its log; empty if that says nothing."""
+    found = {}
+    for event in read_log(run_dir):
+        found |= event[IMPLEMENTATIONS] if event["event"] == IMPLEMENTATIONS else {}
+    return found
+
+
+def read_scores(folder: Path) -> dict[str, dict]:
+    """What scores.json in a folder holds, by name; empty if there is none. Raises InputError if it is damaged."""
+    path = folder / SCORES
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); delete it and score again") from error
+
+
 def update_json(path: Path, key: str, value: object) -> None:
     """Set one key of a JSON object in a file, keeping the others."""
     content = json.loads(path.read_text()) if path.exists() else {}
@@ -148,9 +166,12 @@ def cpu_name() -> str:
 
 
 def _commit() -> str | None:
+    folder = Path(__file__).parent
+    if not folder.is_dir():  # a bundled program, whose modules lie in no folder
+        return None
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,

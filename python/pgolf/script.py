@@ -1,7 +1,8 @@
 """python/train_gpt.py: train, pack and score in one command, configured by environment variables as the originals are.
 
 Every stage is the function behind `pgolf train`, `pack` and `eval`; only the lines on stdout are written here, in the
-form of the originals' logs, so that what reads those reads these. The run lies in runs/RUN_ID.
+form of the originals' logs, so that what reads those reads these. The run lies in runs/RUN_ID. `--eval ARTIFACT`
+scores a file instead. A program made by `pgolf bundle` is this one with its run's config in place of the presets.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from .commands import add_average, add_settings, is_main_rank
 from .config import Config
 from .environment import Request, read_environment
 from .errors import InputError
-from .presets import PRESETS
+from .parts import MODULES, needed_parts, refuse_missing
 from .progress import meter
 
 DEFAULT_PRESET = "pr1217"
@@ -30,26 +31,87 @@ LABELS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, config: Config | None = None, parts: set[str] = frozenset(MODULES)) -> int:
+    """Run the command line.
+
+    Args:
+        config: what the environment changes; None: the preset's that --preset names.
+        parts: of parts.py, those that this program has.
+
+    Returns:
+        The exit code.
+    """
+    args = _parser(choose_preset=config is None).parse_args(argv)
+    try:
+        if args.eval:
+            score_artifact(args, parts)
+        elif options := [name for name in SCORING_OPTIONS if getattr(args, name)]:
+            raise InputError(f"--{options[0].replace('_', '-')} belongs to --eval ARTIFACT; a run takes variables")
+        else:
+            settings = [*args.set, *([f"average={args.average}"] if args.average else [])]
+            request = read_environment(os.environ, config or args.preset, settings)
+            refuse_missing(needed_parts(request.config), parts)
+            run_stages(request, args.device)
+    except InputError as error:
+        sys.stderr.write(f"train_gpt: {error}\n")
+        return 2
+    return 0
+
+
+SCORING_OPTIONS = ("data", "tokenizer", "method", "tokens", "allow_leaky")
+
+
+def _parser(choose_preset: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_gpt.py", description="Train, pack and score; the settings are environment variables (SEED=42 ...)."
     )
-    parser.add_argument(
-        "--preset", default=DEFAULT_PRESET, metavar="NAME", help=f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})"
-    )
+    if choose_preset:
+        from .presets import PRESETS
+
+        known = f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})"
+        parser.add_argument("--preset", default=DEFAULT_PRESET, metavar="NAME", help=known)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     add_average(parser)
     add_settings(parser)
-    args = parser.parse_args(argv)
-    settings = [*args.set, *([f"average={args.average}"] if args.average else [])]
-    try:
-        run_stages(read_environment(os.environ, args.preset, settings), args.device)
-    except InputError as error:
-        sys.stderr.write(f"train_gpt: {error}\n")
-        return 2
-    return 0
+    scoring = parser.add_argument_group("scoring an artifact instead")
+    scoring.add_argument(
+        "--eval", type=Path, metavar="ARTIFACT", help="the file; scores.json beside it keeps the score"
+    )
+    scoring.add_argument("--data", type=Path, metavar="DIR", help="whose validation text to score")
+    scoring.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: where the data's layout has it")
+    scoring.add_argument("--method", metavar="M", help="as in `pgolf eval` (default: sliding)")
+    scoring.add_argument("--tokens", type=int, default=0, metavar="N", help="score only the first N tokens")
+    scoring.add_argument("--allow-leaky", action="store_true", help="run a method that is not causal; marks it INVALID")
+    return parser
+
+
+def score_artifact(args: argparse.Namespace, parts: set[str]) -> dict:
+    """What `pgolf eval` does, with the options of `--eval`; prints the originals' lines."""
+    from .evaluate import check_request, evaluate
+
+    if not args.data:
+        raise InputError("--eval needs --data DIR, the dataset whose validation text is scored")
+    method = args.method or "sliding"
+    request = check_request(args.eval, method, args.set, args.allow_leaky)
+    refuse_missing(needed_parts(request.cfg.replace(eval_stages=",".join(request.methods))), parts)
+    with meter(f"scoring ({method})", enabled=is_main_rank()) as on_progress:
+        result = evaluate(
+            args.eval,
+            args.data,
+            method,
+            settings=args.set,
+            limit=args.tokens,
+            allow_leaky=args.allow_leaky,
+            device=args.device,
+            tokenizer=args.tokenizer,
+            on_progress=on_progress,
+        )
+    for score in result.get("stages", [result]):
+        for line in score_lines(request.cfg, score["method"], score):
+            _say(line)
+    return result
 
 
 def run_stages(request: Request, device: str = "auto", root: Path = Path("runs")) -> Path:

@@ -282,7 +282,7 @@ def test_pack_load_unpack_repack(weights, tmp_path):
     report = pack.pack_state(config, weights, TOKENIZER, path, extra={"step": 7})
     assert report.artifact_bytes == path.stat().st_size
     assert report.parameters == sum(w.numel() for w in weights.values())
-    assert report.total_bytes == report.artifact_bytes + pack.code_bytes()
+    assert report.total_bytes == report.artifact_bytes + pack.code_bytes(config, {"step": 7})
     assert report.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert json.loads(json.dumps(report.as_dict()))["headroom_bytes"] == 16_000_000 - report.total_bytes
 
@@ -380,10 +380,10 @@ def test_oversize_is_refused_with_both_numbers(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "LIMIT_BYTES", 1000)
     with pytest.raises(InputError, match=r"may take 1,000 bytes together, got ([\d,]+) \+ ([\d,]+) = ") as caught:
         pack.pack_state(Config(), weights, TOKENIZER, path)
-    assert f"{pack.code_bytes():,}" in str(caught.value)
+    assert f"{pack.code_bytes(Config()):,}" in str(caught.value)
     assert path.read_bytes() == b"what was there"
     report = pack.pack_state(Config(), weights, TOKENIZER, path, allow_oversize=True)
-    assert report.headroom_bytes == 1000 - path.stat().st_size - pack.code_bytes() < 0
+    assert report.headroom_bytes == 1000 - path.stat().st_size - pack.code_bytes(Config()) < 0
 
 
 def test_a_full_disk_leaves_the_previous_file(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def inspect(path: Path) -> dict:
     """Describe an artifact as JSON values.
 
     Returns:
-        {"path", "sha256", "version", "compressor", "artifact_bytes", "code_bytes" (an estimate, see pack.code_bytes),
+        {"path", "sha256", "version", "compressor", "artifact_bytes", "code_bytes" (see pack.code_bytes),
         "total_bytes", "limit_bytes", "headroom_bytes", "parameters", "bits_per_parameter", "config",
         "tokenizer_sha256", "extra", "kinds": [{"kind", "tensors", "parameters", "content_bytes", "stored_bytes"}],
         "tensors": [{"name", "role", "dtype", "shape"}]}. Kinds: "header", "levels" and "scales" (what codes need beside
@@ -43,7 +43,7 @@ def inspect(path: Path) -> dict:
             continue
         sizes = {"content_bytes": part.stop - part.start, "stored_bytes": stored[kind]}
         kinds.append({"kind": kind, "tensors": len(of_kind), "parameters": sum(of_kind), **sizes})
-    parameters, total = sum(k["parameters"] for k in kinds), len(data) + code_bytes()
+    parameters, total = sum(k["parameters"] for k in kinds), len(data) + code_bytes(header.config, header.extra)
     description = header.as_dict()
     return {
         "path": str(path),
@@ -86,6 +86,6 @@ def table(description: dict) -> Table:
     result.add_section()
     tensors, parameters = f"{len(description['tensors']):,}", f"{description['parameters']:,}"
     result.add_row("artifact", tensors, parameters, f"{size:,}", f"{description['bits_per_parameter']:.2f}", "100.0%")
-    result.add_row("code (estimate)", "", "", f"{description['code_bytes']:,}")
+    result.add_row("code, bundled", "", "", f"{description['code_bytes']:,}")
     result.add_row(f"left of {description['limit_bytes']:,}", "", "", f"{description['headroom_bytes']:,}")
     return result

@@ -5,10 +5,9 @@ The limit of the challenge, 16,000,000 bytes, counts the file and the program to
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
-import lzma
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 from torch import Tensor
-
-import pgolf_kernels
 
 from .. import run
 from ..config import Config
@@ -46,7 +43,7 @@ _SCALE = "#scale"  # codes.safetensors holds a tensor's codes or values under it
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing made; sizes in bytes. code_bytes is the estimate of `code_bytes()`.
+    """What packing made; sizes in bytes. code_bytes is that of `code_bytes()`.
 
     Of `pack_state` and `pack_run` only: errors (relative, Frobenius) and stored bytes by kind of tensor, what pruning
     did if it was asked for, seconds by stage.
@@ -124,6 +121,7 @@ def pack_state(
         return container.encode(make_content(config, tensors, tokenizer_sha256, extra))
 
     if config.target_bytes:
+        program = code_bytes(config, extra)
         with clock.stage("pruning") as progress:
             kinds = {name: tensor_kind(config, name, tuple(t.shape)) for name, t in tensors.items()}
             matrices = layer_by_layer(name for name, kind in kinds.items() if kind in ("attn", "mlp"))
@@ -131,15 +129,15 @@ def pack_state(
             def measure(tensors: dict[str, CodedTensor]) -> int:
                 nonlocal data
                 encoded = encode(tensors)
-                if len(encoded) + code_bytes() <= config.target_bytes:
+                if len(encoded) + program <= config.target_bytes:
                     data = encoded  # the last that fits is the one with the fewest zeros
-                return len(encoded) + code_bytes()
+                return len(encoded) + program
 
             tensors, pruned = prune(tensors, matrices, config.target_bytes, measure, progress)
     else:
         with clock.stage("compressing"):
             data = encode(tensors)
-    report = _write(data, tensors, out, allow_oversize)
+    report = _write(data, tensors, out, allow_oversize, code_bytes(config, extra))
     with clock.stage("accounting"):
         errors = relative_errors(config, state, tensors)
         by_kind = account.kind_bytes(config, tensors, account.plane_bytes(data))
@@ -181,7 +179,7 @@ def pack_run(
 
         with clock.stage("calibrating") as progress:
             hessians = hessians_of_run(run_dir, config, state, wanted, data, device, progress)
-    extra = {run.TRAINED_STEPS: run.trained_steps(run_dir)}
+    extra = {run.TRAINED_STEPS: run.trained_steps(run_dir), run.IMPLEMENTATIONS: run.implementations(run_dir)}
     report = pack_state(config, state, tokenizer, out, allow_oversize, extra, hessians, on_progress)
     report = dataclasses.replace(report, seconds={**clock.seconds, **report.seconds})
     log = run.RunLog(run_dir / run.LOG)
@@ -220,14 +218,16 @@ def pack_tensors(
 ) -> PackReport:
     """`pack_state` for tensors that are coded already."""
     data = container.encode(make_content(config, tensors, tokenizer_sha256, extra))
-    return _write(data, tensors, out, allow_oversize)
+    return _write(data, tensors, out, allow_oversize, code_bytes(config, extra))
 
 
-def _write(data: bytes, tensors: dict[str, CodedTensor], out: Path, allow_oversize: bool) -> PackReport:
+def _write(
+    data: bytes, tensors: dict[str, CodedTensor], out: Path, allow_oversize: bool, program_bytes: int
+) -> PackReport:
     report = PackReport(
         path=Path(out),
         artifact_bytes=len(data),
-        code_bytes=code_bytes(),
+        code_bytes=program_bytes,
         parameters=sum(t.values.numel() for t in tensors.values()),
         sha256=hashlib.sha256(data).hexdigest(),
     )
@@ -317,14 +317,17 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
 
 
-@functools.cache
-def code_bytes() -> int:
-    """The sources of pgolf and pgolf_kernels (Python, C++, CUDA), concatenated and compressed by lzma.
+def code_bytes(config: Config, extra: dict | None = None) -> int:
+    """What counts beside an artifact: the program that `pgolf bundle` would make of its run before it is scored.
 
-    An estimate of what a submission's program takes: a bundle leaves out what the model does not use.
+    A bundled program knows its own size.
+
+    Args:
+        extra: of the artifact's header, which names the implementations that the training used.
     """
-    package = Path(pgolf_kernels.__file__).parent
-    roots = (Path(__file__).parent.parent, package, package.parent / "csrc")
-    suffixes = {".py", ".cpp", ".h", ".cu", ".cuh"}
-    sources = [p for root in roots if root.is_dir() for p in sorted(root.rglob("*")) if p.suffix in suffixes]
-    return len(lzma.compress(b"".join(p.read_bytes() for p in sources), preset=9))
+    own = getattr(sys.modules[__name__].__spec__.loader, "program_bytes", None)
+    if own is not None:
+        return own
+    from ..publish.bundle import counted_bytes
+
+    return counted_bytes(config, extra or {})

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from ..progress import CONSOLE, staged_meter
+from ..progress import note, staged_meter
 from . import add_command, say
 
 
@@ -59,7 +59,7 @@ def _prepare(args: Namespace, corpus) -> dict:
         )
     changed = manifest["documents_changed"]
     if changed["count"]:
-        CONSOLE.print(
+        note(
             f"warning: {changed['count']} documents do not survive encode and decode, e.g. {changed['example']}; "
             "bits per byte count their normalised text (--strict refuses them)"
         )

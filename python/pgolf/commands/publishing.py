@@ -1,4 +1,4 @@
-"""Runs to what others read: `pgolf report`, `stats` and `submit`."""
+"""Runs to what others read: `pgolf report`, `stats`, `submit` and `bundle`."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -28,6 +28,27 @@ def register(steps) -> None:
         choices=("10min_16mb", "non_record_16mb"),
         default="10min_16mb",
         help="non_record_16mb asks neither for three seeds nor for the clocks (default: 10min_16mb)",
+    )
+
+    p = add_command(
+        steps, "bundle", bundle, "write one train_gpt.py that holds only what a run uses, and count its bytes"
+    )
+    p.add_argument("source", type=Path, metavar="RUN", help="a run directory, or an artifact")
+    p.add_argument("--out", required=True, type=Path, metavar="DIR", help="where train_gpt.py goes")
+    p.add_argument(
+        "--kernels",
+        default="run",
+        metavar="K",
+        help="run (what the run's log and scores name: same bits; default), reference, cpu or gpu",
+    )
+    p.add_argument(
+        "--method", action="append", default=[], metavar="M", help="a way of scoring it must know as well; repeatable"
+    )
+    p.add_argument(
+        "--form",
+        default="both",
+        metavar="F",
+        help="wrapped, plain, or both: train_gpt.py wrapped and train_gpt_plain.py (default)",
     )
 
 
@@ -80,3 +101,15 @@ def submit(args: Namespace) -> dict:
     content = result["submission"]
     say(args, f"wrote {result['out']}: val_bpb {content['val_bpb']:.8f}, {content['bytes_total']:,} bytes at most")
     return result
+
+
+def bundle(args: Namespace) -> dict:
+    from ..publish.bundle import PLAIN, write_bundle
+
+    done = write_bundle(args.source, args.out, kernels=args.kernels, methods=args.method, form=args.form)
+    ops = ", ".join(f"{op} ({'+'.join(kinds) or 'reference'})" for op, kinds in done.kernels.items())
+    where = f" in {PLAIN}" if args.form == "both" else ""
+    say(args, f"wrote {done.path}: {done.counted_bytes:,} bytes count")
+    say(args, f"plain {done.plain_bytes:,} bytes{where}, wrapped {done.wrapped_bytes:,}")
+    say(args, f"{done.modules} modules, {done.native_files} C++ and CUDA files; {ops}")
+    return done.as_dict()

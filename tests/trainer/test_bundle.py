@@ -1,0 +1,146 @@
+"""`pgolf bundle`: one file that scores to the same bits where nothing of ours is installed, and its counted bytes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgolf import run
+from pgolf.artifact import pack
+from pgolf.cli import main
+from pgolf.presets import preset
+from pgolf.publish import bundle
+from pgolf.publish.bundle import PROGRAM, write_bundle
+from pgolf.train import train
+
+TOKENS = ("--tokens", "900")
+
+
+@pytest.fixture(scope="module")
+def trained(dataset_dir, tmp_path_factory) -> Path:
+    """A packed run whose matrices and embedding are coded."""
+    run_dir = tmp_path_factory.mktemp("bundle") / "run"
+    cfg = preset("tiny").with_settings(["dtype=float32", "max_steps=3", "warmup_steps=0", "float16_max_values=512"])
+    train(cfg, dataset_dir, run_dir, device="cpu")
+    pack.pack_run(run_dir, run_dir / run.ARTIFACT)
+    return run_dir
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Run a script in an interpreter that has this one's libraries, and neither pgolf nor pgolf_kernels."""
+    libraries = tmp_path_factory.mktemp("libraries")
+    for folder in map(Path, sys.path):
+        for entry in folder.iterdir() if folder.name == "site-packages" else ():
+            ours = entry.name.lower().replace("-", "_").startswith(("pgolf", "__editable__"))
+            if not ours and entry.suffix != ".pth" and not (libraries / entry.name).exists():
+                (libraries / entry.name).symlink_to(entry)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {"PYTHONPATH": str(libraries), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(libraries / ".cache")}
+
+    def call(folder: Path, *arguments: object, settings: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-S", *map(str, arguments)],  # -S: no site-packages, and no .pth file in them
+            cwd=folder,
+            env=environment | (settings or {}),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    probe = "import importlib.util as u, torch; print([u.find_spec(n) for n in ('pgolf', 'pgolf_kernels')])"
+    found = call(libraries, "-c", probe)
+    assert found.stdout == "[None, None]\n", found.stderr
+    return call
+
+
+def scores(folder: Path) -> dict:
+    return json.loads((folder / run.SCORES).read_text())
+
+
+def alone(source: Path, folder: Path, form: str = "wrapped", **options) -> bundle.BundleReport:
+    """A folder with the bundle and the artifact, and nothing else."""
+    report = write_bundle(source, folder, form=form, **options)
+    shutil.copy(source / run.ARTIFACT, folder)
+    assert sorted(p.name for p in folder.iterdir()) == [run.ARTIFACT, PROGRAM]
+    return report
+
+
+def test_compiled_kernels_score_to_the_same_bits_in_an_empty_directory(copy, dataset_dir, tmp_path, elsewhere):
+    assert main(["eval", str(copy / run.ARTIFACT), "--data", str(dataset_dir), "--device", "cpu", *TOKENS]) == 0
+    folder = tmp_path / "empty"
+    report = alone(copy, folder)
+    assert report.kernels["leaky_relu2_mlp"] == ["cpu"] and "slot" not in report.kernels
+    arguments = (PROGRAM, "--eval", run.ARTIFACT, "--data", dataset_dir, "--device", "cpu", *TOKENS)
+    done = elsewhere(folder, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = scores(copy)["sliding, first 900 tokens"], scores(folder)["sliding, first 900 tokens"]
+    assert (
+        theirs["implementations"].items() <= ours["implementations"].items()
+        and "cpu" in theirs["implementations"].values()
+    )
+    assert (theirs["val_loss"], theirs["val_bpb"]) == (ours["val_loss"], ours["val_bpb"])
+    assert done.stderr.count("compiling") == 1
+    assert "compiling" not in elsewhere(folder, *arguments).stderr
+
+
+def test_reference_kernels_need_no_compiler(copy, dataset_dir, tmp_path, elsewhere):
+    folder = tmp_path / "empty"
+    report = alone(copy, folder, "plain", kernels="reference")
+    assert report.native_files == 0 and report.counted_bytes == report.plain_bytes == (folder / PROGRAM).stat().st_size
+    options = ("--eval", run.ARTIFACT, "--data", dataset_dir, "--device", "cpu", *TOKENS)
+    done = elsewhere(folder, PROGRAM, *options, settings={"CXX": "no-compiler"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    from pgolf.evaluate import evaluate
+    from pgolf_kernels import dispatch
+
+    with dispatch.forced("reference"):
+        ours = evaluate(copy / run.ARTIFACT, dataset_dir, "sliding", limit=900, device="cpu")
+    assert scores(folder)["sliding, first 900 tokens"]["val_loss"] == ours["val_loss"]
+
+
+def test_it_trains_packs_and_scores_by_variables_and_counts_itself(copy, dataset_dir, tmp_path, elsewhere):
+    folder = tmp_path / "empty"
+    report = alone(copy, folder, kernels="reference")
+    variables = {"SEED": "7", "ITERATIONS": "2", "DATA_PATH": str(dataset_dir), "RUN_ID": "mine", "EVAL_STRIDE": "64"}
+    done = elsewhere(folder, PROGRAM, "--device", "cpu", settings=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith("final_"))
+    assert {"final_int6_roundtrip_exact", "final_int6_sliding_window_exact"} <= set(lines)
+    cfg = run.read_config(folder / "runs/mine")
+    assert (cfg.seed, cfg.max_steps, cfg.eval_stride) == (7, 2, 64)
+    size = (folder / "runs/mine" / run.ARTIFACT).stat().st_size
+    assert f"Total submission size int6+brotli: {size + report.counted_bytes} bytes" in done.stdout
+
+
+def test_what_was_left_out_is_refused_before_any_work(copy, dataset_dir, tmp_path, elsewhere):
+    folder = tmp_path / "empty"
+    alone(copy, folder, kernels="reference")
+    options = ("--data", dataset_dir, "--device", "cpu", *TOKENS)
+    done = elsewhere(folder, PROGRAM, "--eval", run.ARTIFACT, "--method", "slot", *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "must do without slot" in done.stderr
+    done = elsewhere(folder, PROGRAM, settings={"TTT_ENABLED": "1", "DATA_PATH": str(dataset_dir)})
+    assert done.returncode == 2 and "must do without ttt" in done.stderr and not (folder / "runs").exists()
+    damaged = bytearray((folder / run.ARTIFACT).read_bytes())
+    damaged[-1] ^= 1
+    (folder / run.ARTIFACT).write_bytes(damaged)
+    done = elsewhere(folder, PROGRAM, "--eval", run.ARTIFACT, *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "SHA-256" in done.stderr
+
+
+def test_tracebacks_name_modules_and_show_their_lines(copy, tmp_path, elsewhere):
+    alone(copy, tmp_path / "empty", "plain", kernels="reference")
+    code = "import runpy; runpy.run_path('train_gpt.py'); import pgolf.model as m, inspect"
+    code += "; print(inspect.getsource(m.mlp)); m.GPT(None)"
+    done = elsewhere(tmp_path / "empty", "-c", code)
+    assert done.stdout.startswith("def mlp(x, w_up, w_down, negative_slope):")
+    assert "train_gpt.py/pgolf/model.py" in done.stderr and "AttributeError" in done.stderr
