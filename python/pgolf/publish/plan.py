@@ -133,7 +133,7 @@ def _finish(cfg: Config, on: str, training: budget.TrainingPlan, stages: dict, b
     from ..model import GPT
 
     packed = int(GPT.count_parameters(cfg) * BITS_PER_PARAMETER / 8)
-    total = facts.artifact_bytes if facts else packed + code_bytes()
+    total = facts.artifact_bytes if facts else packed + code_bytes(cfg)
     result = {
         "preset": cfg.preset,
         "on": on,
