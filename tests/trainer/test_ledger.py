@@ -1,5 +1,6 @@
 """The ledger of started runs: what training writes, what survives crashes, what makes two runs comparable."""
 
+import fcntl
 import json
 import threading
 
@@ -93,6 +94,19 @@ def test_concurrent_runs_do_not_tear_each_others_lines(tmp_path):
     lines = (tmp_path / ledger.LEDGER).read_text().splitlines()
     assert len([json.loads(line) for line in lines]) == 32
     assert sorted(e.run for e in ledger.read(tmp_path / ledger.LEDGER)) == sorted(f"run{i}" for i in range(16))
+
+
+def test_a_line_waits_for_the_one_that_is_being_written(tmp_path):
+    record(tmp_path / "first")
+    with (tmp_path / ledger.LEDGER).open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        thread = threading.Thread(target=record, args=(tmp_path / "second",))
+        thread.start()
+        thread.join(timeout=0.2)
+        assert thread.is_alive()
+        assert len(ledger.read(tmp_path / ledger.LEDGER)) == 1
+    thread.join()
+    assert len(ledger.read(tmp_path / ledger.LEDGER)) == 2
 
 
 def test_the_hash_sees_what_changes_a_result_and_nothing_else():
