@@ -141,7 +141,7 @@ def _finish(cfg: Config, on: str, training: budget.TrainingPlan, stages: dict, b
         "steps": training.steps,
         "step_ms": round(training.step_ms, 2),
         "total_bytes": total,
-        "bytes_from": "published" if facts else f"a guess: {BITS_PER_PARAMETER} bits per parameter, and all code",
+        "bytes_from": "published" if facts else f"a guess: {BITS_PER_PARAMETER} bits per parameter, and the bundle",
         "memory_bytes": facts.peak_mib and facts.peak_mib * 2**20 if facts else None,
     }
     return result | {"over": _excess(cfg, result, budget_s)}
