@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from .commands import artifacts, data, is_main_rank, machine, publishing, scoring, training
+from .commands import Refuted, artifacts, data, is_main_rank, machine, publishing, scoring, training
 from .errors import InputError
 
 
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if args.json and result is not None and is_main_rank():
         sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+    return 1 if isinstance(result, Refuted) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -124,7 +124,7 @@ def evaluate(
                 "standing": "causal" if found.causal else f"INVALID: {found.reason}",
                 "text": "normalised" if dataset.tokenizer.normalised else "raw",
                 "world_size": ranks.world_size,
-                "settings": _settings(cfg, name),
+                "settings": scoring_settings(cfg, name),
                 "implementations": dict(dispatch.CHOSEN),
                 "artifact_sha256": digest,
             }
@@ -258,7 +258,7 @@ def _record_name(method: str, cfg: Config, causal: bool, limit: int) -> str:
     return f"{name}, first {limit} tokens" if limit else name
 
 
-def _settings(cfg: Config, method: str) -> dict:
+def scoring_settings(cfg: Config, method: str) -> dict:
     """The fields that a score of this method depends on."""
     prefixes = ("eval_", "drop_val_tail", *(f"{part}_" for part in method.split("+") if part in ("slot", "ttt", "ctw")))
     return {name: value for name, value in json.loads(cfg.to_json()).items() if name.startswith(prefixes)}

@@ -173,7 +173,7 @@ def test_audits_that_stop_a_submission(runs, tmp_path):
     write_audit(runs[0], verdict="fail", violated=["C1"])
     refused(runs, out, "did not pass; violated: C1")
     write_audit(runs[0], artifact_sha256="1" * 64)
-    refused(runs, out, "is of an artifact with sha256 111111111111")
+    refused(runs, out, "is about another artifact .111111111111")
     write_audit(runs[0], settings={})
     refused(runs, out, "audits other settings: drop_val_tail is None there and False in the score")
     write_audit(runs[0], evaluator="mine:Evaluator")

@@ -13,6 +13,10 @@ from pathlib import Path
 from ..progress import show
 
 
+class Refuted(dict):
+    """A result that is complete and says no, such as a failed audit: the exit code is 1."""
+
+
 def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -31,9 +35,9 @@ def add_command(steps, name: str, function: Callable[[Namespace], object], help:
     return p
 
 
-def add_data(p: ArgumentParser) -> None:
+def add_data(p: ArgumentParser, required: bool = True) -> None:
     p.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="a dataset of `pgolf data`, or the challenge's"
+        "--data", required=required, type=Path, metavar="DIR", help="a dataset of `pgolf data`, or the challenge's"
     )
     p.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: where the data's layout has it")
 

@@ -1,16 +1,13 @@
 """What a submission may say about its own honesty: only what audit.json proves of this very artifact and method."""
 
-import hashlib
-import json
-from pathlib import Path
-
 from .. import run
 from ..artifact.pack import LIMIT_BYTES
+from ..audit.record import AUDIT
+from ..audit.record import read as read_audit
 from ..errors import InputError
 from .clocks import seconds_over
-from .seeds import SeedRun, read_object
+from .seeds import SeedRun
 
-AUDIT = "audit.json"
 EVALUATOR = "pgolf"  # audit.json's name for the evaluator of `pgolf eval`
 CONDITIONS = {
     "C1": "strict causal dependence",
@@ -22,25 +19,6 @@ CONDITIONS = {
 }
 
 
-def read_audit(path: Path) -> dict:
-    """An audit.json whose own digest holds.
-
-    Raises:
-        InputError: there is none, or it was changed after the audit wrote it.
-    """
-    audit = read_object(path)
-    if not audit:
-        raise InputError(f"{path}: there is no audit; make one with `pgolf audit ARTIFACT --data DIR --method M`")
-    content = {name: value for name, value in audit.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    if digest != audit.get("sha256"):
-        raise InputError(
-            f"{path}: was changed after the audit: its content has sha256 {digest}, it says {audit.get('sha256')}; "
-            "audit the artifact again"
-        )
-    return audit
-
-
 def audit_of(r: SeedRun, method: str) -> dict:
     """The run's audit, checked to be of its artifact, of `method` as it was scored, and passed.
 
@@ -48,13 +26,7 @@ def audit_of(r: SeedRun, method: str) -> dict:
         InputError: it is not; a failed one names the violated conditions.
     """
     path = r.path / AUDIT
-    audit, score = read_audit(path), r.scores[method]
-    artifact = hashlib.sha256((r.path / run.ARTIFACT).read_bytes()).hexdigest()
-    if audit["artifact_sha256"] != artifact:
-        raise InputError(
-            f"{path}: is of an artifact with sha256 {audit['artifact_sha256'][:12]}, {run.ARTIFACT} has "
-            f"{artifact[:12]}; audit it again"
-        )
+    audit, score = read_audit(path, r.path / run.ARTIFACT), r.scores[method]
     if audit["evaluator"] != EVALUATOR:
         raise InputError(f"{path}: audits the evaluator {audit['evaluator']!r}, the score is by `pgolf eval`")
     if audit["method"] != score["method"]:
