@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -153,7 +154,42 @@ def pack_run(
     device: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> PackReport:
-    """`pack_state` for the weights that a training run left behind.
+    """`pack_state` for the weights that a training run left behind; the run's log gets a line.
+
+    Args:
+        settings, data, device: of `load_run`.
+
+    Raises:
+        InputError: as `load_run` and `pack_state`.
+    """
+    loaded = load_run(run_dir, settings, data, device, on_progress)
+    report = pack_state(
+        loaded.config, loaded.state, loaded.tokenizer, out, allow_oversize, loaded.extra, loaded.hessians, on_progress
+    )
+    report = dataclasses.replace(report, seconds={**loaded.seconds, **report.seconds})
+    log_packing(run_dir, report, settings)
+    return report
+
+
+class LoadedRun(NamedTuple):
+    """What `pack_state` needs of a run: config, export, SHA-256 of the tokenizer, extra, Hessians; seconds by stage."""
+
+    config: Config
+    state: dict[str, Tensor]
+    tokenizer: str
+    extra: dict
+    hessians: dict[str, Tensor] | None
+    seconds: dict[str, float]
+
+
+def load_run(
+    run_dir: Path,
+    settings: list[str] = (),
+    data: Path | None = None,
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+) -> LoadedRun:
+    """The weights that a training run left behind, calibrated if its config uses GPTQ.
 
     Args:
         settings: `field=value` changes of the run's config, for what concerns the artifact.
@@ -161,7 +197,7 @@ def pack_run(
         device: where such calibration runs; the rest is done on the CPU.
 
     Raises:
-        InputError: run_dir is no finished run, settings concern something else, or as `pack_state`.
+        InputError: run_dir is no finished run, or settings concern something else.
     """
     for setting in settings:
         if not setting.startswith(PACKING_FIELDS):
@@ -180,13 +216,15 @@ def pack_run(
         with clock.stage("calibrating") as progress:
             hessians = hessians_of_run(run_dir, config, state, wanted, data, device, progress)
     extra = {run.TRAINED_STEPS: run.trained_steps(run_dir), run.IMPLEMENTATIONS: run.implementations(run_dir)}
-    report = pack_state(config, state, tokenizer, out, allow_oversize, extra, hessians, on_progress)
-    report = dataclasses.replace(report, seconds={**clock.seconds, **report.seconds})
+    return LoadedRun(config, state, tokenizer, extra, hessians, clock.seconds)
+
+
+def log_packing(run_dir: Path, report: PackReport, settings: list[str]) -> None:
+    """A line of the run's log: sizes, clocks, and what was set over its config."""
     log = run.RunLog(run_dir / run.LOG)
     sizes = {name: getattr(report, name) for name in ("artifact_bytes", "code_bytes", "sha256")}
     log.write("pack", **sizes, seconds=report.seconds, settings=list(settings))
     log.close()
-    return report
 
 
 class _Stages:

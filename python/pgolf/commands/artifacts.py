@@ -1,4 +1,4 @@
-"""Weights to the file of limited size, and a look inside: `pgolf pack`, `unpack` and `inspect`."""
+"""Weights to the file of limited size, and a look inside: `pgolf pack`, `fit`, `unpack` and `inspect`."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +13,15 @@ def register(steps) -> None:
     p.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory, or a directory made by `pgolf unpack`")
     p.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/artifact.pgolf")
     p.add_argument("--allow-oversize", action="store_true", help="write it even above 16,000,000 bytes with its code")
+    p.add_argument("--data", type=Path, metavar="DIR", help="the run's dataset, if GPTQ has to be calibrated now")
+    add_settings(p)
+    add_device(p)
+    p = add_command(steps, "fit", fit, "pack a run with the finest clips that a number of bytes has room for")
+    p.add_argument("run_dir", type=Path, metavar="RUN")
+    p.add_argument(
+        "--target-bytes", required=True, type=int, metavar="N", help="of artifact and code, such as 15990000"
+    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/artifact.pgolf")
     p.add_argument("--data", type=Path, metavar="DIR", help="the run's dataset, if GPTQ has to be calibrated now")
     add_settings(p)
     add_device(p)
@@ -55,6 +64,22 @@ def pack(args: Namespace) -> dict:
             f"{done.bytes_after:,} bytes, squared error +{done.cost:.4g}",
         )
     return report.as_dict()
+
+
+def fit(args: Namespace) -> dict:
+    from .. import run
+    from ..artifact.fit import fit_run
+
+    out = args.out or args.run_dir / run.ARTIFACT
+    with staged_meter("fitting") as on_progress:
+        found = fit_run(args.run_dir, args.target_bytes, out, args.set, args.data, args.device, on_progress)
+    for multiplier, predicted, actual in found.tries:
+        say(args, f"clips x {multiplier:.4f}: predicted {predicted:,} bytes, packed {actual:,}")
+    clips = "  ".join(f"{field} {clip}" for field, clip in found.clips.items())
+    size, left = found.report.total_bytes, found.target_bytes - found.report.total_bytes
+    say(args, f"wrote {out}: {found.report.artifact_bytes:,} bytes, with the code {size:,}, {left:,} below the target")
+    say(args, f"{clips} (standard deviations); the prediction was off by {found.error:+.2%}")
+    return found.as_dict()
 
 
 def unpack(args: Namespace) -> dict:
