@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -17,6 +18,9 @@ ROOT = Path(__file__).parents[1]
 # Where compilers fortify by default, longjmp takes the change of stack between fibers for an error.
 FLAGS = """-std=c++17 -O1 -U_FORTIFY_SOURCE -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra -Werror
     -Wno-unknown-pragmas -Wno-missing-field-initializers -DPGOLF_EMULATE_CUDA"""
+# The fibers' stacks are none that the sanitizer knows, so it watches the heap and the globals only.
+SANITIZED = " -O0 -g1 -fsanitize=address --param=asan-stack=0"
+VARIANT = os.environ.get("PGOLF_EMULATION", "plain")  # or "sanitized", in a process that has the sanitizer loaded
 
 
 @cache
@@ -32,31 +36,32 @@ def emulated_module():
     sources = [ROOT / "csrc/bindings_cuda.cpp", *sorted((ROOT / "csrc").glob("*/*_cuda.cu"))]
     made_of = [*sources, *sorted((ROOT / "csrc").glob("*/*.h")), *sorted((ROOT / "csrc").glob("*/*.cuh"))]
     version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
-    key = b"".join([version, repr((FLAGS, includes)).encode(), *(path.read_bytes() for path in made_of)])
+    flags = FLAGS + SANITIZED * (VARIANT == "sanitized")
+    key = b"".join([version, repr((flags, includes)).encode(), *(path.read_bytes() for path in made_of)])
     folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
-    module = folder / f"_cuda-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    module = folder / f"_cuda-{VARIANT}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not module.exists():
-            for older in folder.glob("_cuda-*.so"):
+            for older in folder.glob(f"_cuda-{VARIANT}-*.so"):
                 older.unlink()
-            _build(sources, includes, module)
+            _build(sources, [*flags.split(), *includes], module)
     spec = importlib.util.spec_from_file_location("_cuda", module)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
-def _build(sources: list[Path], includes: list[str], module: Path) -> None:
+def _build(sources: list[Path], flags: list[str], module: Path) -> None:
     with tempfile.TemporaryDirectory(dir=module.parent) as folder:
         objects = [f"{folder}/{source.name}.o" for source in sources]
 
         def compile_one(source, target):
-            command = ["g++", *FLAGS.split(), *includes, "-x", "c++", "-c", str(source), "-o", target]
+            command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", target]
             subprocess.run(command, check=True)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, sources, objects))
-        subprocess.run(["g++", "-shared", *objects, "-o", f"{folder}/module"], check=True)
+        subprocess.run(["g++", *flags, "-shared", *objects, "-o", f"{folder}/module"], check=True)
         Path(folder, "module").rename(module)

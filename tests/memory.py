@@ -1,12 +1,16 @@
-"""Memory that ends where the process may not touch another byte, and children in which to find out.
+"""Memory that ends where the process may not touch another byte, and processes in which to find out.
 
 Guard pages see what sanitizers do not: AMX's tile loads and stores, and vector loads of code built without them.
 """
 
 import ctypes
 import faulthandler
+import functools
 import mmap
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 
 class Guarded:
@@ -36,3 +40,18 @@ def in_child(body):
         except BaseException:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@functools.cache
+def address_sanitizer():
+    """The environment of a process that runs under AddressSanitizer; empty without g++ or its library.
+
+    libstdc++ too: the sanitizer must find the function that throws before Python's modules bring it.
+    """
+    if shutil.which("g++") is None:
+        return {}
+    asked = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in asked]
+    if not all(Path(path).is_absolute() for path in found):
+        return {}
+    return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}

@@ -5,10 +5,8 @@ are copies, which AddressSanitizer watches where g++ has it: an access outside a
 cannot see: races, tensor-core rounding, and anything the compiler gets wrong; those need the same tests on a GPU.
 """
 
-import functools
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 import triton_cpu  # noqa: F401  (under TRITON_INTERPRET=1 it makes bfloat16 right)
+from memory import address_sanitizer
 
 from pgolf_kernels.dispatch import TRITON_INTERPRETED
 
@@ -32,18 +31,6 @@ TARGETS |= {
     "adamw": [ROOT / "tests/test_adamw.py", "-k", "triton"],
 }
 interpreted = pytest.mark.skipif(not TRITON_INTERPRETED, reason="runs inside test_under_the_interpreter[bfloat16]")
-
-
-@functools.cache
-def address_sanitizer() -> dict[str, str]:
-    """What a process needs to run under AddressSanitizer; empty without g++ or its library."""
-    if shutil.which("g++") is None:
-        return {}
-    asked = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
-    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in asked]
-    if not all(Path(path).is_absolute() for path in found):
-        return {}
-    return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 def interpreted_run(*arguments: str) -> subprocess.CompletedProcess:

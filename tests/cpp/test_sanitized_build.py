@@ -7,12 +7,12 @@ As a script (`test_sanitized_build.py MODULE`) this file is the process that has
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from memory import address_sanitizer
 
 ROOT = Path(__file__).parents[2]
 CASES = 4  # of each test, instruction set and dtype: the rest takes other branches of arithmetic, not of memory
@@ -44,21 +44,10 @@ def main(library):
     return pytest.main(["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", *tests], plugins=[Sample()])
 
 
-def runtime(name):
-    """The path of a sanitizer's library, or None."""
-    path = subprocess.run(
-        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    return path if Path(path).is_absolute() else None
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sanitizers are preloaded as on Linux")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_sanitized_build(tmp_path):
-    # libstdc++ too: the sanitizer must find the function that throws before Python's modules bring it.
-    preload = [runtime(name) for name in ("libasan.so", "libstdc++.so")]
-    if None in preload:
-        pytest.skip("g++ has no libasan")
+    if not address_sanitizer():
+        pytest.skip("g++ has no AddressSanitizer here")
     environment = {**os.environ, "PGOLF_CUDA": "0", "PGOLF_DEBUG": "0", "PGOLF_EMULATE_AMX": "1",
                    "PGOLF_SANITIZE": "address,undefined"}  # fmt: skip
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
@@ -68,8 +57,7 @@ def test_sanitized_build(tmp_path):
 
     environment = {name: value for name, value in os.environ.items() if name != "PGOLF_ISA"}
     environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in (".", "python", "tests"))
-    environment |= {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in (".", "python", "tests"))
+    environment |= address_sanitizer() | {"OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, __file__, str(library)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-20000:]

@@ -5,12 +5,17 @@ Sizes (T, D, V): 150 rows are two whole segments and a tail; V = 96 has whole ve
 Windows of up to 256 rows have segments of 16 rows, longer ones of 64; 24 blocks are resident at once in the emulation.
 """
 
+import os
+import re
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_cpu import emulated_module
+from cuda_cpu import ROOT, VARIANT, emulated_module
+from memory import address_sanitizer
 from numerics import assert_as_accurate
 
 from pgolf_kernels import extension
@@ -282,6 +287,19 @@ def test_nothing_to_do(device):
             assert x.shape == (groups, 8 + 16) and losses.shape == (5, groups)
             assert not x.any() and not losses.any()
             assert cuda_kernel.score(scored).shape == (0,)
+
+
+@pytest.mark.skipif(VARIANT == "sanitized", reason="already under the sanitizer")
+def test_under_address_sanitizer():
+    """Both optimisers, launches per step and all in one, scores: once more, on a module built with the sanitizer."""
+    if not address_sanitizer():
+        pytest.skip("g++ has no AddressSanitizer here")
+    chosen = "(one_launch_is_many and 40 and both) or (the_impossible and before)"
+    environment = os.environ | address_sanitizer() | {"PGOLF_EMULATION": "sanitized", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", __file__, "-k", chosen]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-8000:]
+    assert re.search(r"\b[1-9]\d* passed", run.stdout), run.stdout
 
 
 def test_refusals(monkeypatch):
