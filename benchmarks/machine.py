@@ -113,12 +113,15 @@ def _cpu_levels() -> list[tuple[float, float]]:
     return [*levels, (float("inf"), extension.cpu.read_bandwidth(bytes=beyond // threads, threads=threads))]
 
 
-def _cpu_model() -> str:
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def _cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name, family and model: virtual machines of several generations all call themselves "AMD EPYC"."""
+    facts: dict[str, str] = {}
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')} model {facts.get('model', '?')})"
 
 
 def _driver() -> str:

@@ -78,6 +78,12 @@ def test_another_instruction_set_or_allocator_needs_a_new_process():
     assert run.stdout.split() in (["generic", "tuned"], ["tuned"])  # without the extension there is no level of ours
 
 
+def test_a_machine_is_named_by_its_generation_too(tmp_path):
+    (tmp_path / "cpuinfo").write_text("cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nmodel\t: 7\n")
+    assert machine._cpu_model(tmp_path / "cpuinfo") == "AMD EPYC (family 25 model 1)"
+    assert machine._cpu_model(tmp_path / "none")
+
+
 def test_the_gate_alone_times_nothing(limits, monkeypatch, capfd):
     monkeypatch.setattr(bench, "measure_limits", lambda device: pytest.fail("nothing is to be timed"))
     assert bench.run(["newton_schulz"], "cpu", quick=True, gate_only=True) == []
