@@ -111,7 +111,7 @@ def test_bfloat16_tables_are_averaged_in_float32():
 def test_warming_up_leaves_no_snapshot_behind(dataset_dir):
     cfg = CFG.replace(average="lawa", lawa_every=1, warmup_steps=2)
     trainer = Trainer(cfg, Dataset.open(dataset_dir), RANKS)
-    trainer.warm_up()
+    trainer.warm_up(2)
     assert trainer.average.count == 0
     before = trainer.model.state_dict()["qo_bank"].clone()
     assert not trainer.average.copy_to_model()

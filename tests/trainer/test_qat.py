@@ -117,10 +117,11 @@ def test_the_compiled_graph_quantises_when_it_should(dataset_dir, tmp_path, monk
     compile_with, warm_up = torch.nn.Module.compile, Trainer.warm_up
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **options: compile_with(m, backend=backend, **options))
 
-    def warm_up_and_look(trainer):
-        warm_up(trainer)
+    def warm_up_and_look(trainer, steps):
+        seconds = warm_up(trainer, steps)
         before_clock.append(len(graphs))
         used.clear()
+        return seconds
 
     monkeypatch.setattr(Trainer, "warm_up", warm_up_and_look)
     torch._dynamo.reset()

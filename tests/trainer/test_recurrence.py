@@ -140,7 +140,13 @@ def test_every_graph_is_compiled_before_the_clock_starts(dataset_dir, tmp_path, 
         torch.nn.Module, "compile", lambda self, **options: compile_with(self, backend=counter, **options)
     )
     warm_up = Trainer.warm_up
-    monkeypatch.setattr(Trainer, "warm_up", lambda self: (warm_up(self), seen.append(counter.frame_count)))
+
+    def warm_up_and_count(self, steps):
+        seconds = warm_up(self, steps)
+        seen.append(counter.frame_count)
+        return seconds
+
+    monkeypatch.setattr(Trainer, "warm_up", warm_up_and_count)
     torch._dynamo.reset()
     dispatch.CHOSEN.clear()  # as in a new process: what it holds must not be a condition of a graph
     cfg = CFG.replace(recur_start_step=start, compile="on", warmup_steps=1)
@@ -151,7 +157,7 @@ def test_every_graph_is_compiled_before_the_clock_starts(dataset_dir, tmp_path, 
 
 def test_warming_up_both_graphs_leaves_no_trace(runs, dataset_dir, tmp_path):
     trainer = Trainer(CFG.replace(warmup_steps=1), Dataset.open(dataset_dir), Ranks(0, 1, CPU))
-    trainer.warm_up()
+    trainer.warm_up(1)
     assert trainer.model.recurrence_active is False
     out = tmp_path / "run"
     train(CFG.replace(warmup_steps=2), dataset_dir, out, device="cpu")
