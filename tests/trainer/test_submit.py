@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from pgolf import ledger, run
+from pgolf.audit import record
 from pgolf.cli import main
 from pgolf.errors import InputError
 from pgolf.presets import preset
@@ -21,12 +22,6 @@ from pgolf.publish.submission import NON_RECORD, Author, submit
 AUTHOR = Author("A Name", "login", "Tiny", "Three tiny runs.")
 TESTS = (("T1", "C1"), ("T5", "C2"), ("T6", "C3"), ("T8", "C4"), ("T10", "data"), ("T12", "budget"))
 CODE_BYTES = 1234
-
-
-def sign(audit: dict) -> dict:
-    content = {k: v for k, v in audit.items() if k != "sha256"}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return content | {"sha256": digest}
 
 
 def write_audit(run_dir, signed=True, **changes):
@@ -43,7 +38,7 @@ def write_audit(run_dir, signed=True, **changes):
         "verdict": "pass",
         "violated": [],
     } | changes
-    (run_dir / AUDIT).write_text(json.dumps(sign(audit) if signed else audit | {"sha256": "0" * 64}))
+    (run_dir / AUDIT).write_text(json.dumps(record.seal(audit) if signed else audit | {"sha256": "0" * 64}))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +141,7 @@ def test_the_readme_has_the_order_that_reviewers_expect(runs, tmp_path):
     assert [h[: len(w)] for h, w in zip(heads, want, strict=True)] == want
     content = json.loads((tmp_path / "out" / "submission.json").read_text())
     assert f"**val_bpb: {content['val_bpb']:.5f}** (3-seed mean, std " in text
-    assert "| C1: strict causal dependence | pass | pass | pass | T1 title of T1 |" in text
+    assert "| Condition 1: strict causal dependence | pass | pass | pass | T1 title of T1 |" in text
     assert "| `max_steps` | 3 | 200 |" in text
     assert "3 runs are reported of 3 started" in text
     assert "one-sample t-test, one-sided, better at all: p = " in text

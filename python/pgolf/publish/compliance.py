@@ -9,14 +9,6 @@ from .clocks import seconds_over
 from .seeds import SeedRun
 
 EVALUATOR = "pgolf"  # audit.json's name for the evaluator of `pgolf eval`
-CONDITIONS = {
-    "C1": "strict causal dependence",
-    "C2": "full normalised distribution",
-    "C3": "score before update",
-    "C4": "single left-to-right pass",
-    "data": "data",
-    "budget": "budgets",
-}
 
 
 def audit_of(r: SeedRun, method: str) -> dict:
@@ -43,7 +35,7 @@ def audit_of(r: SeedRun, method: str) -> dict:
 
 
 def verdict(audit: dict, condition: str) -> str:
-    """ "pass" if at least one test of the condition ran and none failed, else "fail" or "not run"."""
+    """Of one condition: "fail" if a test failed, "pass" if one ran and none failed, "not run" if none ran."""
     verdicts = {t["verdict"] for t in audit["tests"] if t["condition"] == condition}
     return "fail" if "fail" in verdicts else "pass" if "pass" in verdicts else "not run"
 

@@ -1,10 +1,11 @@
 """README.md of a submission, in the order in which reviewers look for things, from what `submit` has checked."""
 
 from ..artifact.pack import LIMIT_BYTES
+from ..audit.verdict import CONDITIONS
 from ..ledger import differing_fields
 from ..presets import PRESETS
 from .clocks import LIMIT_S
-from .compliance import CONDITIONS, verdict
+from .compliance import verdict
 from .stats import BAR_NATS, compare, notes, summary
 from .submission import RECORD, Submission
 
@@ -149,11 +150,10 @@ def _scoring(s: Submission) -> str:
 def _compliance(s: Submission, c: dict) -> str:
     rows = []
     for condition, title in CONDITIONS.items():
-        name = f"{condition}: {title}" if condition.startswith("C") else title
         tests = [t for t in s.audits[0]["tests"] if t["condition"] == condition]
         cells = [verdict(audit, condition) for audit in s.audits]
         ran = ", ".join(f"{t['name']} {t['title']}" + (" (not run)" * (t["verdict"] == "not run")) for t in tests)
-        rows.append([name, *cells, ran])
+        rows.append([title, *cells, ran])
     head = ["condition (#1017)", *(f"seed {r.cfg.seed}" for r in s.runs), "tests"]
     clock_rows = [
         [str(r.cfg.seed), *(f"{t[k]:.1f}" for k in ("train_lenient", "train_strict", "artifact"))]
