@@ -1,5 +1,6 @@
 """`pgolf bundle`: one file that scores to the same bits where nothing of ours is installed, and its counted bytes."""
 
+import ast
 import json
 import os
 import shutil
@@ -12,9 +13,11 @@ import pytest
 from pgolf import run
 from pgolf.artifact import pack
 from pgolf.cli import main
+from pgolf.errors import InputError
+from pgolf.parts import needed_parts
 from pgolf.presets import preset
-from pgolf.publish import bundle
-from pgolf.publish.bundle import PROGRAM, write_bundle
+from pgolf.publish import bundle, inline, native
+from pgolf.publish.bundle import PLAIN, PROGRAM, unwrap, write_bundle
 from pgolf.train import train
 
 TOKENS = ("--tokens", "900")
@@ -144,3 +147,60 @@ def test_tracebacks_name_modules_and_show_their_lines(copy, tmp_path, elsewhere)
     done = elsewhere(tmp_path / "empty", "-c", code)
     assert done.stdout.startswith("def mlp(x, w_up, w_down, negative_slope):")
     assert "train_gpt.py/pgolf/model.py" in done.stderr and "AttributeError" in done.stderr
+
+
+def test_the_wrapper_unfolds_to_the_plain_program(copy, tmp_path):
+    report = write_bundle(copy, tmp_path / "out", kernels="reference")
+    wrapped, plain = ((tmp_path / "out" / name).read_bytes() for name in (PROGRAM, PLAIN))
+    assert (report.wrapped_bytes, report.plain_bytes, report.counted_bytes) == (len(wrapped), len(plain), len(wrapped))
+    assert unwrap(wrapped) == plain and wrapped.count(b"\n") == 2
+    assert b"rich" not in b"".join(line for line in plain.splitlines() if line.startswith(b"import"))
+
+
+def test_stripping_keeps_every_module_as_it_is_but_for_words():
+    """A stripped module differs from its source in docstrings and in the annotations of functions alone."""
+    modules = inline.gather(("pgolf.script",), bundle.NEVER)
+    assert len(modules.sources) > 80
+    for name, stripped in modules.sources.items():
+        tree = ast.parse(inline._file(name).read_text())
+        if not inline._hands_on(tree):
+            expected = ast.unparse(ast.fix_missing_locations(inline._Stripper().visit(tree)))
+            assert ast.dump(ast.parse(stripped)) == ast.dump(ast.parse(expected)), name
+
+
+def test_sources_that_are_not_here_and_records_that_say_nothing_are_sentences(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "CSRC", tmp_path / "no-sources")
+    bundle._render.cache_clear()
+    with pytest.raises(InputError, match="used compiled kernels of .*leaky_relu2_mlp.* installed without them"):
+        write_bundle(copy, tmp_path / "out")
+    (copy / run.LOG).unlink()
+    with pytest.raises(InputError, match="neither a log nor scores.json says which implementations"):
+        write_bundle(copy, tmp_path / "out")
+    damaged = bytearray((copy / run.ARTIFACT).read_bytes())
+    damaged[-1] ^= 1
+    (copy / run.ARTIFACT).write_bytes(damaged)
+    with pytest.raises(InputError, match="SHA-256"):
+        write_bundle(copy, tmp_path / "out", kernels="reference")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_artifact_alone_says_what_its_run_used(copy, tmp_path):
+    whole = write_bundle(copy, tmp_path / "a", form="wrapped")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(copy / run.ARTIFACT, tmp_path / "alone")
+    report = write_bundle(tmp_path / "alone" / run.ARTIFACT, tmp_path / "b", form="wrapped")
+    assert (tmp_path / "a" / PROGRAM).read_bytes() == (tmp_path / "b" / PROGRAM).read_bytes()
+    assert report.kernels == whole.kernels
+    header = pack.load_artifact(copy / run.ARTIFACT).header
+    assert report.counted_bytes == pack.code_bytes(run.read_config(copy), header["extra"])
+
+
+def test_parts_follow_the_config_and_the_methods():
+    cfg = preset("tiny")
+    assert needed_parts(cfg) == set()
+    assert needed_parts(cfg, ["slot+ttt"]) == {"slot", "ttt"}
+    assert needed_parts(cfg.replace(attn_gptq=True, calibration="generated", target_bytes=1)) == {
+        "gptq",
+        "generated",
+        "pruning",
+    }

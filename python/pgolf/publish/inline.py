@@ -121,8 +121,8 @@ def strip(tree: ast.Module, name: str = "") -> str:
     """A module's source without comments, docstrings and the annotations of functions, indented by one space.
 
     Annotations of classes stay, for dataclasses are made of them, and so do those of Triton's kernels. python-minifier,
-    which also renames local variables, makes a bundle 4 % smaller still, takes five times as long, and leaves
-    tracebacks that nobody can read.
+    which also renames local variables, makes Python 5 % smaller still (69,217 for 72,772 bytes of 70 modules, wrapped),
+    takes six times as long, and leaves tracebacks that nobody can read.
     """
     text = ast.unparse(ast.fix_missing_locations(_Stripper().visit(tree)))
     # Without docstrings unparse writes every string on one line, so that all leading spaces are indentation.
