@@ -1,8 +1,10 @@
 """The auditor on evaluators whose verdicts are known: every cheat fails exactly its tests, every honest one none."""
 
+from pathlib import Path
+
 import pytest
 
-from pgolf.audit.controls import CONTROLS, TESTED, run_controls
+from pgolf.audit.controls import CONTROLS, TESTED, expected_table, run_controls
 
 HONEST = {"plain", "sliding", "slot-window", "slot-frontier", "slot-carried", "ttt"}
 
@@ -25,6 +27,11 @@ def test_every_verdict_is_as_expected(name, results):
 
 def test_every_test_has_a_control_that_it_fails():
     assert set().union(*(control.fails for control in CONTROLS.values())) == set(TESTED)
+
+
+def test_the_documentation_has_the_expected_verdicts():
+    docs = Path(__file__).parent.parent.parent / "docs/auditing.md"
+    assert f"\n{expected_table()}\n" in docs.read_text()
 
 
 def test_the_unadapted_evaluator_wins_exactly_nothing(results):

@@ -150,10 +150,11 @@ def audit(prepared: Prepared, on_test: Callable[[str, int, int], None] | None = 
 
 def _num_targets(audited, wanted: int, total: int, seq_len: int) -> int:
     """How many targets to audit: enough for what the method learns from its own scores to show in later ones."""
-    needed = min(getattr(audited, "needed_tokens", 1) + 4 * seq_len, total)
+    chunk = getattr(audited, "learns_after", 0)
+    needed = min(chunk + 4 * seq_len, total) if chunk else 1
     if wanted and min(wanted, total) < needed:
         raise InputError(
-            f"audit: this method learns from what it has scored only after {needed - 4 * seq_len:,} tokens; "
+            f"audit: this method learns from what it has scored only after {chunk:,} tokens; "
             f"audit at least {needed:,}, got {wanted:,}"
         )
     return min(wanted or max(DEFAULT_TOKENS, needed), total)

@@ -317,3 +317,12 @@ def table(results: list[dict]) -> Table:
         shown.add_row(r["name"], *words, "yes" if r["as_expected"] else "[bold red]no[/]")
     shown.caption = "* the test that is there because of this control"
     return shown
+
+
+def expected_table() -> str:
+    """What CONTROLS expects, as a Markdown table."""
+    lines = ["| control | " + " | ".join(TESTED) + " |", "|---" * (len(TESTED) + 1) + "|"]
+    for name, control in CONTROLS.items():
+        cells = ["**fail**" if t == control.named else "fail" if t in control.fails else "pass" for t in TESTED]
+        lines.append(f"| `{name}`: {control.title} | {' | '.join(cells)} |")
+    return "\n".join(lines)

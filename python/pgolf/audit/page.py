@@ -18,7 +18,7 @@ STATEMENTS = {
     "data": "No validation document is in the training text; what is charged as bytes is the text's.",
     "budget": "Seconds and bytes against their limits.",
 }
-WORDS = {PASS: "holds", FAIL: "violated", NOT_RUN: "not run"}
+WORDS = {PASS: "passed", FAIL: "violated", NOT_RUN: "not run"}
 COLORS = {PASS: "c3", FAIL: "c2", NOT_RUN: "faint"}
 
 
@@ -110,6 +110,7 @@ def _provenance(record: dict) -> Html:
         ("audited tokens", code(record["data_sha256"])),
         ("this audit", code(record["sha256"])),
         ("evaluator", code(record["evaluator"])),
-        *((name, str(value)) for name, value in record["settings"].items()),
     ]
-    return section("What was audited", element("div", table(("", ""), rows), class_="card"))
+    settings = [(code(name), str(value)) for name, value in record["settings"].items()]
+    shown = element("details", element("summary", f"All {len(settings)} settings"), table(("field", "value"), settings))
+    return section("What was audited", element("div", table(("", ""), rows), class_="card"), shown)

@@ -97,9 +97,9 @@ class PgolfEvaluator:
         return self.cfg.eval_interleave and "ttt" not in self.method and self.method != "plain"
 
     @property
-    def needed_tokens(self) -> int:
-        """Targets that a stream must have for all of the method to show."""
-        return self.cfg.ttt_chunk_tokens + 1 if "ttt" in self.method.split("+") else 1
+    def learns_after(self) -> int:
+        """Targets before the first that is scored by what was learned from a chunk; 0: there are no chunks."""
+        return self.cfg.ttt_chunk_tokens if "ttt" in self.method.split("+") else 0
 
     def score(self, gate: TokenGate, ranks: Ranks, batch_windows: int | None = None) -> Score:
         cfg = self.cfg if batch_windows is None else self.cfg.replace(eval_batch_windows=batch_windows)

@@ -12,7 +12,7 @@ NAME, TITLE, CONDITION = "T7", "Provenance of learned targets", "C3"
 def run(case: Case) -> Finding:
     gate = case.base
     if gate.num_violations:
-        detail = f"{gate.num_violations} requests for targets that were still to be scored; {gate.violations[0]}"
+        detail = f"targets still to be scored were asked for {gate.num_violations} times: {gate.violations[0]}"
     else:
         detail = "no fit and no training step asked for a target that was still to be scored by what it made"
     return Finding.of(not gate.num_violations, detail, violations=gate.num_violations, examples=gate.violations[:3])

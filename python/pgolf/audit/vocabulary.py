@@ -1,7 +1,7 @@
 """What T2 and T5 share: whole distributions, found by putting every token of the vocabulary into the target's slot.
 
-The stream is cut so that its last batch holds one window where it can; only that batch is then scored once per token of
-the vocabulary, all chosen positions at a time, by the function that the evaluator gave the gate.
+The stream is cut so that its last batch holds one window where it can, and scores few targets; only that batch is then
+scored once per token of the vocabulary, all chosen positions at a time, by the function that the gate was given.
 """
 
 from collections.abc import Sequence
@@ -38,6 +38,9 @@ class Distributions:
             self.log_p[order, token] = -nll_of(targets)[rows.to(true.device)].double().cpu()
 
 
+MAX_SCORED = 16  # targets that the last window of a cut stream scores: each costs a softmax per substitute
+
+
 def cuts(case: Case, count: int) -> list[tuple[int, int]]:
     """(first target, end) of what the last window of a cut stream scores: in the first batch, the last and between."""
     batches = case.base.batches
@@ -45,7 +48,8 @@ def cuts(case: Case, count: int) -> list[tuple[int, int]]:
         windows = [batches[0][i] for i in sorted({0, len(batches[0]) // 2, len(batches[0]) - 1})]
     else:
         windows = [batches[i][0] for i in sorted({0, *range(1, count - 1), len(batches) - 1})]
-    return [(w.start + w.score_from, w.start + w.length) for w in windows[:count]]
+    scored = [(w.start + w.score_from, w.start + w.length) for w in windows[:count]]
+    return [(first, min(end, first + MAX_SCORED)) for first, end in scored]
 
 
 def distributions(case: Case, tokens: Tensor, end: int, targets: list[int]) -> tuple[Tensor, AuditGate]:
