@@ -12,7 +12,7 @@ import pytest
 import torch
 from scoring_samples import SLOT_SYSTEMS, FixedStates, load, score_batch
 
-from pgolf.config import Config
+from pgolf.config import FIELDS, Config
 from pgolf.config_rules import CHOICES
 from pgolf.data.byte_counts import ByteCounts
 from pgolf.errors import InputError
@@ -140,6 +140,8 @@ def test_the_standing_of_each_published_system():
         assert standing(Config().replace(**fields), "slot").causal == (name in ("pr1217-window", "pr549")), name
         assert standing(Config().replace(**fields), "ttt").causal
         assert all("=" in setting for setting in published_settings(name))
+        missing = {field for field in FIELDS if field.startswith("slot_")} - set(fields)
+        assert not missing, f"{name} would follow Config's defaults in {missing}"
     assert set(SHARES) == CHOICES["slot_share"]
     with pytest.raises(InputError, match="did you mean 'pr1217'"):
         published_settings("pr1218")

@@ -8,7 +8,34 @@ is 8, the GPUs they ran on: which windows shared a batch depended on it. No SLOT
 from ..config import Config, nearest
 from ..errors import InputError
 
-_LEGACY = {"eval_stride": 64, "eval_batch_windows": 32, "eval_slices": 8, "eval_windows": "legacy"}
+# Every slot_ field, so that none follows Config's defaults, which are this project's own choice and may change.
+_SLOT = {
+    "slot_share": "window",
+    "slot_windows": "",
+    "slot_parameters": "delta",
+    "slot_norm": "after",
+    "slot_optimizer": "adamw",
+    "slot_normalize": "window",
+    "slot_steps": 8,
+    "slot_restart_steps": 0,
+    "slot_lr": 0.005,
+    "slot_lr_min": 0.0,
+    "slot_lr_max": 0.024,
+    "slot_hyper_rate": 1e-5,
+    "slot_beta1": 0.9,
+    "slot_beta2": 0.999,
+    "slot_eps": 1e-5,
+    "slot_wd": 1e-8,
+    "slot_max_iter": 20,
+    "slot_history": 10,
+    "slot_line_search": 0,
+    "slot_half_life": 0.0,
+    "slot_focal_tokens": 0,
+    "slot_buckets": 0,
+    "slot_clamp": 0.0,
+    "slot_warm_start": False,
+}
+_LEGACY = _SLOT | {"eval_stride": 64, "eval_batch_windows": 32, "eval_slices": 8, "eval_windows": "legacy"}
 _SHARED = _LEGACY | {"slot_normalize": "batch", "slot_share": "shared-context"}
 _PER_SAMPLE = _LEGACY | {
     "eval_interleave": True,
@@ -104,8 +131,8 @@ PUBLISHED["pr675-restart"] = PUBLISHED["pr675-hypergradient"] | {"slot_steps": 4
 
 
 def published_settings(name: str) -> list[str]:
-    """A published system's scoring as `field=value` settings, its other slot_ and ttt_ fields at their defaults."""
+    """A published system's scoring as `field=value` settings, its other ttt_ fields at their defaults."""
     if name not in PUBLISHED:
         raise InputError(f"unknown scoring {name!r}{nearest(name, PUBLISHED)}; published: {', '.join(PUBLISHED)}")
-    defaults = {k: v for k, v in vars(Config()).items() if k.startswith(("slot_", "ttt_"))}
+    defaults = {k: v for k, v in vars(Config()).items() if k.startswith("ttt_")}
     return [f"{field}={value}" for field, value in (defaults | PUBLISHED[name]).items()]
