@@ -118,7 +118,8 @@ def _slot_case(cfg: Config, device: str, num_windows: int) -> Case:
     model = _model(cfg, device).requires_grad_(False)
     exact = copy.deepcopy(model).double()
     exact.activation_dtype = torch.float64
-    scorer = Slot(cfg.replace(slot_parameters="bias", slot_steps=8, slot_lr=0.06, slot_half_life=128.0))
+    adam = {"slot_beta1": 0.9, "slot_beta2": 0.999, "slot_eps": 1e-5}
+    scorer = Slot(cfg.replace(slot_parameters="bias", slot_steps=8, slot_lr=0.06, slot_half_life=128.0, **adam))
     windows = make_windows(SEQ_LEN + (num_windows - 1) * STRIDE, SEQ_LEN, STRIDE)
     run = partial(_slot_scores, model, scorer, windows)
 

@@ -149,9 +149,6 @@ PRESETS: dict[str, Config] = {
         eval_seq_len=512,
         eval_stride=128,
         drop_val_tail=False,
-        slot_parameters="bias",
-        slot_lr=0.06,
-        slot_half_life=128.0,
     ),
     # A few seconds: what the tests train.
     "tiny": Config(
@@ -186,8 +183,6 @@ PRESETS: dict[str, Config] = {
         eval_seq_len=64,
         eval_stride=16,
         drop_val_tail=False,
-        slot_parameters="bias",
-        slot_lr=0.06,
     ),
 }
 

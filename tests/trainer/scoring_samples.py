@@ -39,6 +39,13 @@ TINY = Config(
     eval_seq_len=64,
     eval_stride=16,
     eval_batch_windows=16,
+    slot_parameters="delta",
+    slot_steps=8,
+    slot_lr=0.005,
+    slot_beta1=0.9,
+    slot_beta2=0.999,
+    slot_eps=1e-5,
+    slot_half_life=0.0,
 )
 SYSTEMS = {
     "pr549": TINY,

@@ -25,11 +25,9 @@ BASE = Config(
     train_batch_tokens=64,
     eval_stride=16,
     eval_batch_windows=4,
-    slot_parameters="bias",
-    slot_lr=0.3,
-    slot_steps=3,
 )
 LBFGS = {"slot_optimizer": "lbfgs", "slot_lr": 1.0, "slot_max_iter": 4, "slot_steps": 1}
+DELTA = {"slot_parameters": "delta", "slot_lr": 0.1}
 CAUSAL = {
     "window": {},
     "window lbfgs": LBFGS,
@@ -41,7 +39,7 @@ CAUSAL = {
     "frontier hypergradient": {"slot_share": "frontier", "slot_optimizer": "hypergradient", "slot_lr_max": 0.5},
     "frontier logits": {"slot_share": "frontier", "slot_parameters": "logits"},
     "carried": {"slot_share": "carried"},
-    "carried delta before the norm": {"slot_share": "carried", "slot_parameters": "delta", "slot_norm": "before"},
+    "carried delta before the norm": {"slot_share": "carried", "slot_norm": "before"} | DELTA,
     "carried lbfgs": {"slot_share": "carried"} | LBFGS,
     "carried logits": {"slot_share": "carried", "slot_parameters": "logits"},
 }

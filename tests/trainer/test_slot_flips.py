@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scoring_samples import ONE_RANK, SLOT_SYSTEMS, ThreeTokenModel, flip_changes, load, no_bytes
+from scoring_samples import ONE_RANK, SLOT_SYSTEMS, TINY, ThreeTokenModel, flip_changes, load, no_bytes
 
 from pgolf.config import Config
 from pgolf.evaluate import score_method
@@ -59,7 +59,7 @@ def test_what_leaks_is_what_leaked_in_the_published_loops(variant):
 )
 def test_optimisers_that_couple_windows_leak_and_say_so(fields):
     """Every fit sees its own context alone, and yet a token changes scores before it, through the common step."""
-    cfg = Config(eval_seq_len=64, train_seq_len=64, train_batch_tokens=64, eval_stride=16, **fields)
+    cfg = TINY.replace(eval_batch_windows=32, **fields)
     assert not standing(cfg, "slot").causal
     tokens, model = torch.from_numpy(FLIPS["tokens"]).long(), ThreeTokenModel(FLIPS)
 

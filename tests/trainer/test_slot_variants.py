@@ -149,7 +149,8 @@ def test_the_standing_of_each_published_system():
 
 @pytest.mark.parametrize("share", SHARES)
 def test_objectives_keep_to_the_window(share):
-    cfg = Config(eval_seq_len=8, train_seq_len=8, train_batch_tokens=8, eval_stride=2, slot_share=share)
+    cfg = Config(eval_seq_len=8, train_seq_len=8, train_batch_tokens=8, eval_stride=2)
+    cfg = cfg.replace(slot_share=share, slot_half_life=0.0)
     weights = objective_weights(cfg, [Window(0, 8, 0), Window(2, 8, 6), Window(4, 6, 4), Window(8, 2, 0)], 8)
     want = {
         "context": [0, 6, 4, 0],

@@ -70,7 +70,7 @@ def _add_method(p: ArgumentParser) -> None:
         help="slot: what a fit sees: window, frontier, carried; not causal: shared-context, shared-all, scored, ...",
     )
     p.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (default: the artifact's)")
-    p.add_argument("--parameters", metavar="P", help="slot: fit delta, bias or both")
+    p.add_argument("--parameters", metavar="P", help="slot: fit bias, delta or both")
     p.add_argument("--optimizer", metavar="O", help="slot: adamw, or lbfgs with a line search per fit")
     p.add_argument("--warm-start", action="store_const", const="true", help="slot: begin with the fit before this one")
     p.add_argument("--steps", type=int, metavar="N", help="slot: optimiser steps per fit")
