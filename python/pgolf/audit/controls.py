@@ -146,7 +146,7 @@ class Rescores(_Windows):
     """Trains on the text behind its scores, as allowed, then scores it all again and reports that."""
 
     def score(self, gate: TokenGate, ranks: Ranks, batch_windows: int | None = None) -> Score:
-        cfg = self.model.cfg.replace(ttt_chunk_tokens=gate.num_targets, ttt_epochs=4)
+        cfg = self.model.cfg.replace(ttt_chunk_tokens=max(gate.num_targets, self.model.cfg.eval_seq_len), ttt_epochs=4)
         learner = ScoreFirst(cfg)
         self.stream(gate, Ranks(0, 1, ranks.device), batch_windows, learner=learner)
         learner.train(0, gate, Ranks(0, 1, ranks.device))

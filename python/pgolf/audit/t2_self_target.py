@@ -7,11 +7,10 @@ target as context.
 """
 
 import torch
-from torch import Tensor
 
 from .case import Case, Finding
 from .passes import flipped
-from .vocabulary import Distributions, cuts
+from .vocabulary import Cut, Distributions, cuts, distributions
 
 NAME, TITLE, CONDITION = "T2", "Self-target", "C1"
 FEW = 8  # tokens that are tried in a whole batch
@@ -21,22 +20,19 @@ def run(case: Case) -> Finding:
     generator, V = case.generator(NAME), case.vocab_size
     num_changed, num_compared, largest, tried = 0, 0, 0.0, []
 
-    def compare(first: int, end: int, few: bool) -> None:
+    def compare(first: int, end: int, cut: Cut | None) -> None:
         nonlocal num_changed, num_compared, largest
         target = first + int(torch.randint(end - first, (), generator=generator))
         other = flipped(case.tokens, target, V, int(torch.randint(V - 1, (), generator=generator)))
-        substitutes = range(V)
-        if few:
+        if cut is None:
             chosen = torch.randperm(V, generator=generator)[:FEW].tolist()
             substitutes = sorted({*chosen, int(case.tokens[target + 1]), int(other[target + 1])})
-
-        def distribution(tokens: Tensor) -> Tensor:
-            probe = Distributions([target], V, substitutes)
-            options = {"stop_after": end - 1} if few else {}
-            case.run(tokens if few else tokens[: end + 1], probe=probe, **options)
-            return probe.log_p[0, list(substitutes)]
-
-        before, after = distribution(case.tokens), distribution(other)
+            probes = [Distributions([target], V, substitutes) for _ in range(2)]
+            for tokens, probe in zip((case.tokens, other), probes, strict=True):
+                case.run(tokens, probe=probe, stop_after=end - 1)
+            before, after = (probe.log_p[0, substitutes] for probe in probes)
+        else:
+            before, after = (distributions(case, tokens, cut, [target])[0] for tokens in (case.tokens, other))
         differ = ~(before == after)
         num_changed += int(differ.sum())
         num_compared += differ.numel()
@@ -44,10 +40,10 @@ def run(case: Case) -> Finding:
             largest = max(largest, float((after - before)[differ].abs().nan_to_num(torch.inf).max()))
         tried.append(target)
 
-    for first, end in cuts(case, case.budget.cuts):
-        compare(first, end, few=False)
+    for cut in cuts(case, case.budget.cuts):
+        compare(cut.first, cut.end, cut)
     window = case.base.batches[min(1, len(case.base.batches) - 1)][0]
-    compare(window.start + window.score_from, window.start + window.length, few=True)
+    compare(window.start + window.score_from, window.start + window.length, None)
     detail = (
         f"replacing a target changed {num_changed:,} of {num_compared:,} probabilities of its own distribution"
         if num_changed

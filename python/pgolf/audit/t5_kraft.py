@@ -16,11 +16,11 @@ TOLERANCE = 1e-4
 def run(case: Case) -> Finding:
     generator, places = case.generator(NAME), cuts(case, case.budget.cuts)
     sums, mismatched = [], 0
-    for i, (first, end) in enumerate(places):
+    for i, cut in enumerate(places):
         count = case.budget.positions * (i + 1) // len(places) - case.budget.positions * i // len(places)
-        chosen = torch.randperm(end - first, generator=generator)[:count] + first
+        chosen = torch.randperm(cut.end - cut.first, generator=generator)[:count] + cut.first
         targets = sorted(chosen.tolist())
-        log_p, gate = distributions(case, case.tokens, end, targets)
+        log_p, gate = distributions(case, case.tokens, cut, targets)
         sums.append(log_p.exp().sum(1))
         true = log_p[torch.arange(len(targets)), case.tokens[torch.tensor(targets) + 1]]
         mismatched += int((-true != gate.nll[targets]).sum())

@@ -1,10 +1,12 @@
 """What T2 and T5 share: whole distributions, found by putting every token of the vocabulary into the target's slot.
 
-The stream is cut so that its last batch holds one window where it can, and scores few targets; only that batch is then
-scored once per token of the vocabulary, all chosen positions at a time, by the function that the gate was given.
+The stream is cut so that its last batch holds one window (few, where batches are part of the method) and scores few
+targets. That batch alone is then scored once per token of the vocabulary, all chosen positions at a time, by the
+function that the gate was given.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..scoring.gate import Batch, NllOf
 from .case import Case
 from .passes import AuditGate
+from .protocol import FREE
 
 
 class Distributions:
@@ -41,19 +44,29 @@ class Distributions:
 MAX_SCORED = 16  # targets that the last window of a cut stream scores: each costs a softmax per substitute
 
 
-def cuts(case: Case, count: int) -> list[tuple[int, int]]:
-    """(first target, end) of what the last window of a cut stream scores: in the first batch, the last and between."""
+class Cut(NamedTuple):
+    """Where to cut the stream: what its last window scores, and windows per batch (None: as the evaluator likes)."""
+
+    first: int
+    end: int
+    batch_windows: int | None
+
+
+def cuts(case: Case, count: int) -> list[Cut]:
+    """In the first batch, the last and between; of a single batch, in its first window, its last and between."""
     batches = case.base.batches
-    if len(batches) == 1:
-        windows = [batches[0][i] for i in sorted({0, len(batches[0]) // 2, len(batches[0]) - 1})]
+    if len(batches) > 1:
+        chosen = [(batches[i][0], None) for i in sorted({0, *range(1, count - 1), len(batches) - 1})]
+    elif case.evaluator.partition == FREE:
+        # With i windows a batch, window i has one of its own.
+        chosen = [(batches[0][i], max(i, 1)) for i in sorted({0, len(batches[0]) // 2, len(batches[0]) - 1})]
     else:
-        windows = [batches[i][0] for i in sorted({0, *range(1, count - 1), len(batches) - 1})]
-    scored = [(w.start + w.score_from, w.start + w.length) for w in windows[:count]]
-    return [(first, min(end, first + MAX_SCORED)) for first, end in scored]
+        chosen = [(w, None) for w in batches[0][:2]]
+    scored = [(w.start + w.score_from, w.start + w.length, size) for w, size in chosen[:count]]
+    return [Cut(first, min(end, first + MAX_SCORED), size) for first, end, size in scored]
 
 
-def distributions(case: Case, tokens: Tensor, end: int, targets: list[int]) -> tuple[Tensor, AuditGate]:
-    """log p of the targets, all before `end`, in the stream that ends there; and the pass."""
+def distributions(case: Case, tokens: Tensor, cut: Cut, targets: list[int]) -> tuple[Tensor, AuditGate]:
+    """log p of the targets, which the last window of the cut stream scores; and the pass."""
     probe = Distributions(targets, case.vocab_size)
-    gate = case.run(tokens[: end + 1], probe=probe)
-    return probe.log_p, gate
+    return probe.log_p, case.run(tokens[: cut.end + 1], probe=probe, batch_windows=cut.batch_windows)
