@@ -98,13 +98,7 @@ def evaluate(
     try:
         request = check_request(artifact, method, settings, allow_leaky)
         cfg, methods = request.cfg, request.methods
-        model = build_model(artifact, request.content, ranks.device)
-        model.activation_dtype = activation_dtype(cfg, ranks.device)
-        dataset = Dataset.open(data, tokenizer, vocab_size=cfg.vocab_size)
-        if request.content.header.tokenizer_sha256 != dataset.tokenizer.sha256:
-            raise InputError(
-                f"{data}: its tokenizer is not the one that {artifact} was trained with; use the data of that run"
-            )
+        model, dataset = open_request(request, artifact, data, tokenizer, ranks.device)
         tokens = validation_tokens(cfg, dataset, limit)
         loaded = time.perf_counter()
         digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
@@ -179,6 +173,20 @@ def check_request(artifact: Path, method: str, settings: list[str] = (), allow_l
         if name == "ctw":
             ContextTree(cfg)
     return Request(content, cfg, methods)
+
+
+def open_request(
+    request: Request, artifact: Path, data: Path, tokenizer: Path | None, device: torch.device
+) -> tuple[GPT, Dataset]:
+    """The model and the text that a request is about. Raises InputError if the text is of another tokenizer."""
+    model = build_model(artifact, request.content, device)
+    model.activation_dtype = activation_dtype(request.cfg, device)
+    dataset = Dataset.open(data, tokenizer, vocab_size=request.cfg.vocab_size)
+    if request.content.header.tokenizer_sha256 != dataset.tokenizer.sha256:
+        raise InputError(
+            f"{data}: its tokenizer is not the one that {artifact} was trained with; use the data of that run"
+        )
+    return model, dataset
 
 
 def score_method(

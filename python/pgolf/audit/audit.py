@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import distributed, run
-from ..data.dataset import Dataset
 from ..errors import InputError
-from ..evaluate import build_model, check_request, scoring_settings
-from ..model import activation_dtype
+from ..evaluate import check_request, open_request, scoring_settings
 from ..scoring.validation import validation_tokens
 from . import record
 from .case import Budget, Case
@@ -76,13 +74,7 @@ def prepare(
     if len(request.methods) > 1:
         raise InputError(f"audit: one method at a time, got {method!r}")
     method, cfg = request.methods[0], request.cfg
-    model = build_model(artifact, request.content, ranks.device)
-    model.activation_dtype = activation_dtype(cfg, ranks.device)
-    dataset = Dataset.open(data, tokenizer, vocab_size=cfg.vocab_size)
-    if request.content.header.tokenizer_sha256 != dataset.tokenizer.sha256:
-        raise InputError(
-            f"{data}: its tokenizer is not the one that {artifact} was trained with; use the data of that run"
-        )
+    model, dataset = open_request(request, artifact, data, tokenizer, ranks.device)
     stream = validation_tokens(cfg, dataset)
     own = PgolfEvaluator(method, cfg, model, dataset.byte_counts)
     audited = load_evaluator(evaluator, Subject(model, cfg, dataset.byte_counts)) if evaluator else own
