@@ -18,7 +18,7 @@ demo: $(VENV)/.built
 	$(BIN)/pgolf demo --run runs/demo --data data/stdlib $(ARGS)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m benchmarks.bench $(ARGS)

@@ -104,7 +104,7 @@ def random_config(rng: random.Random) -> Config:
         ve_layers=tuple(sorted(rng.sample(layers, rng.randint(0, num_layers)))),
         value_residual=rng.random() < 0.5,
         recur_layers=tuple(range(first, rng.randint(first, num_layers))),
-        parallel_start_layer=rng.randint(0, num_layers),
+        parallel_start_layer=rng.choice(layers),
         train_seq_len=24,
         train_batch_tokens=24,
     )
