@@ -61,6 +61,11 @@ def test_a_model_is_as_its_last_step_was(steps, active):
     assert len(GPT(CFG).layer_order()) == CFG.num_layers  # a new model has taken no step
 
 
+def trained_loss(run_dir) -> float:
+    """Of the final weights; packing and scoring log what comes behind it."""
+    return next(e["val_loss"] for e in run.read_log(run_dir) if e["event"] == "end")
+
+
 @pytest.mark.parametrize(("name", "active"), [("switched", True), ("always", True), ("never", False)])
 def test_an_artifact_has_the_recurrence_its_training_ended_with(runs, dataset_dir, tmp_path, name, active):
     artifact = runs[name] / run.ARTIFACT
@@ -70,7 +75,7 @@ def test_an_artifact_has_the_recurrence_its_training_ended_with(runs, dataset_di
     assert model.layer_order() == ([0, 1, 2, 1, 2, 3] if active else [0, 1, 2, 3])
     # The score is that of the final weights, up to int6.
     score = evaluate(artifact, dataset_dir, "plain", limit=2048, device="cpu")
-    trained = run.read_log(runs[name])[-1]["val_loss"]
+    trained = trained_loss(runs[name])
     assert score["val_loss"] == pytest.approx(trained, abs=2e-3)
 
     unpack(artifact, tmp_path / "open")
@@ -85,7 +90,7 @@ def test_final_weights_were_validated_with_recurrence(runs, dataset_dir):
     x, y = tokens[:-1].view(-1, 64), tokens[1:].view(-1, 64)
     model = GPT(CFG)
     model.load_export(load_file(runs["switched"] / run.MODEL))
-    logged = run.read_log(runs["switched"])[-1]["val_loss"]
+    logged = trained_loss(runs["switched"])
     with torch.no_grad():
         inactive = model(x, y).item()
         model.recurrence_active = CFG.recurs_after(run.trained_steps(runs["switched"]))
