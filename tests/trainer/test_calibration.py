@@ -32,7 +32,6 @@ from pgolf.errors import InputError
 from pgolf.model import GPT
 from pgolf.optimise.schedule import lr_multiplier
 from pgolf.presets import preset
-from pgolf.train import train
 
 ALL = {"attn_gptq": True, "mlp_gptq": True, "embed_gptq": True, "float16_max_values": 0}
 TINY = preset("tiny").replace(**ALL | {"float16_max_values": 1000}, dtype="float32", calibration_batches=3)
@@ -194,14 +193,6 @@ def test_saved_hessians_belong_to_a_model_and_a_calibration(tmp_path):
     (tmp_path / HESSIANS).write_bytes(b"\xff" * 50)
     with pytest.raises(InputError, match=f"{HESSIANS}: not a safetensors file"):
         load_hessians(tmp_path, TINY, "a", wanted)
-
-
-@pytest.fixture(scope="module")
-def gptq_run(dataset_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("gptq") / "run"
-    config = TINY.replace(max_steps=4, val_tokens=1024, train_batch_tokens=1024, mlp_mult=3.0)
-    train(config, dataset_dir, out, device="cpu")
-    return out
 
 
 def test_training_calibrates_and_packing_needs_no_data(gptq_run, tmp_path, capsys):

@@ -5,10 +5,13 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from test_gptq import correlated
 
 from pgolf import run
 from pgolf.artifact import pack
+from pgolf.artifact.account import entropy_bits
 from pgolf.artifact.fit import MAX_STEP, MAX_TRIES, Predictor, bisect, solve
+from pgolf.artifact.quantise import quantise_state
 from pgolf.cli import main
 from pgolf.config import Config
 from pgolf.errors import InputError
@@ -58,16 +61,29 @@ def test_sizes_fall_with_the_clip_and_one_compression_calibrates_the_prediction(
     assert 8 * (entropy[0.5] - entropy[1.0]) / codes == pytest.approx(1, abs=0.05 if tails == "normal" else 0.2)
 
 
-def test_the_histogram_gives_the_entropy_of_the_codes(tmp_path):
-    from pgolf.artifact.account import entropy_bits
-    from pgolf.artifact.quantise import quantise_state
+def exact_entropy(coded) -> float:
+    """Bytes of all codes, each tensor's by its own histogram."""
+    return sum(entropy_bits(t.values.numpy()) for t in coded.values() if t.role != "float16") / 8
 
+
+def test_the_histogram_gives_the_entropy_of_the_codes():
     state = weights("heavy")
     config = CONFIG.replace(int6_clip="9", mlp_clip="11", embed_clip="30", embed_bits=7)
     predicted = Predictor(config, state).code_bytes({"attn": 9, "mlp": 11, "embed": 30})
-    coded = quantise_state(config, state)
-    exact = sum(entropy_bits(t.values.numpy()) for t in coded.values() if t.role != "float16") / 8
-    assert predicted == pytest.approx(exact, rel=2e-3)
+    assert predicted == pytest.approx(exact_entropy(quantise_state(config, state)), rel=2e-3)
+
+
+@pytest.mark.parametrize(("clip", "missed"), [(16.0, 0.008), (40.0, 0.06)])
+def test_gptq_spreads_the_codes_and_the_histogram_knows(clip, missed):
+    """With a coarse step what is fed back from column to column is nearly as large as the weights themselves."""
+    state = {name: w for name, w in weights("normal").items() if ".attn.c_q" in name or ".mlp." in name}
+    config = CONFIG.replace(attn_gptq=True, mlp_gptq=True, int6_clip=f"{clip:g}", mlp_clip=f"{clip:g}")
+    clips, hessians = {"attn": clip, "mlp": clip}, {name: correlated(256, seed) for seed, name in enumerate(state)}
+    exact, without = exact_entropy(quantise_state(config, state, hessians)), Predictor(config, state).code_bytes(clips)
+    assert Predictor(config, state, hessians).code_bytes(clips) == pytest.approx(exact, rel=4e-3)
+    assert without < (1 - missed) * exact
+    indefinite = dict.fromkeys(hessians, -torch.eye(256))  # no factor: rounded to the nearest code
+    assert Predictor(config, state, indefinite).code_bytes(clips) == without
 
 
 def test_bisect_finds_the_border():
@@ -99,6 +115,28 @@ def test_the_command_fits_a_run_and_says_how_well_it_predicted(run_dir, capsys):
     assert abs(found["error"]) < 0.01 and 1 < len(found["tries"]) <= MAX_TRIES
     assert not list(run_dir.glob("*.candidate"))
     assert run.read_log(run_dir)[-1]["settings"] == [f"{field}={clip}" for field, clip in found["clips"].items()]
+
+
+def test_a_run_that_quantises_with_gptq_is_fitted_between_two_widths(gptq_run, tmp_path, capsys):
+    def size(clip: float) -> int:
+        settings = [f"{field}={clip:g}" for field in ("int6_clip", "mlp_clip", "embed_clip")] + ["compressor=lzma"]
+        return pack.pack_run(gptq_run, tmp_path / "a", settings=settings).total_bytes
+
+    wide, narrow = size(40), size(12)
+    target, out = (wide + narrow) // 2, tmp_path / "b"
+    words = ["--set", "int6_clip=12", "--set", "mlp_clip=12", "--set", "embed_clip=12", "--set", "compressor=lzma"]
+    assert main(["fit", str(gptq_run), "--target-bytes", str(target), "--out", str(out), *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total_bytes"] == out.stat().st_size + found["code_bytes"]
+    assert target * 0.998 < found["total_bytes"] <= target
+    assert all(12 < float(clip) < 40 for clip in found["clips"].values())
+    (multiplier, predicted, _), loaded = found["tries"][0], pack.load_run(gptq_run)
+    predictor = Predictor(loaded.config, loaded.state, loaded.hessians, found["code_bytes"])  # the Hessians were used
+    entropy = predictor.code_bytes(dict.fromkeys(BASE, 12 * multiplier))
+    assert entropy + predictor.other_bytes == pytest.approx(predicted, abs=50)
+    coded = pack.read_content(out).tensors["blocks.1.mlp.fc.weight"]  # and its codes are GPTQ's
+    nearest = (loaded.state["blocks.1.mlp.fc.weight"] / coded.scale.float()[:, None]).round()
+    assert (coded.values != nearest).float().mean() > 0.05
 
 
 def test_a_target_out_of_reach_names_the_smallest_size_and_loses_nothing(run_dir, capsys):

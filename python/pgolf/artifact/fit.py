@@ -5,7 +5,8 @@
 One multiplier of all k is solved for. The predictor keeps a histogram of |w| / (standard deviation of its row) for each
 kind of tensor, so another k costs no pass over the weights. The surprise is what one real compression corrects: the
 coder knows more than the histogram (levels of rows and columns, planes.py), but what it gains is nearly the same number
-of bits at every k, so the difference is added, not multiplied. Source: openai/parameter-golf #1394 ("SDClip").
+of bits at every k, so the difference is added, not multiplied. GPTQ moves weights before it rounds them, the further
+the coarser its step, so the histogram is smoothed by as much. Source: openai/parameter-golf #1394 ("SDClip").
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ from .. import run
 from ..config import Config
 from ..config_rules import CLIPS
 from ..errors import InputError
+from . import gptq
 from .pack import PackReport, code_bytes, load_run, log_packing, pack_state
-from .quantise import Rounding, tensor_kind
+from .quantise import Rounding, hessian_name, tensor_kind
 
 CODED_KINDS = ("attn", "mlp", "embed")
 CLIP_OF_KIND = {"attn": "int6_clip", "mlp": "mlp_clip", "embed": "embed_clip"}
@@ -59,11 +61,20 @@ class Fit:
 class Predictor:
     """Bytes of the codes of a state dict by the clip of each kind, from statistics of its rows.
 
-    other_bytes: of the program, the scales and the float16 tensors, as they are before compression.
+    hessians: of `pack_state`. other_bytes: of the program, the scales and the float16 tensors, as they are before
+    compression.
     """
 
-    def __init__(self, config: Config, state: Mapping[str, Tensor], program_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        state: Mapping[str, Tensor],
+        hessians: Mapping[str, Tensor] | None = None,
+        program_bytes: int = 0,
+    ) -> None:
         self.counts = {kind: torch.zeros(BINS, dtype=torch.float64) for kind in CODED_KINDS}
+        self.feedback = dict.fromkeys(CODED_KINDS, 0.0)  # sums over weights of variance / step^2, see gptq
+        variance = _feedback_by_hessian(config, hessians or {})
         self.code_max = {kind: Rounding.of(config, kind).code_max for kind in CODED_KINDS}
         self.other_bytes = program_bytes
         for name, tensor in state.items():
@@ -77,6 +88,7 @@ class Predictor:
             ratio = w.abs() / w.std(1, keepdim=True, correction=min(1, w.shape[1] - 1)).clamp_min(1e-30)
             bins = (ratio / BIN_WIDTH).long().clamp(max=BINS - 1)
             self.counts[kind] += torch.bincount(bins.flatten(), minlength=BINS).double()
+            self.feedback[kind] += w.numel() * variance.get(hessian_name(config, name, shape), 0.0)
 
     def code_bytes(self, clips: Mapping[str, float]) -> float:
         """Entropy of all codes in bytes. clips: in standard deviations by kind."""
@@ -84,16 +96,32 @@ class Predictor:
 
     def _bits(self, kind: str, clip: float) -> float:
         """Codes are symmetric about 0: the entropy of their size, and a sign for those that are not 0."""
-        largest = self.code_max[kind]
-        cumulated = torch.cat([torch.zeros(1, dtype=torch.float64), self.counts[kind].cumsum(0)])
-        edges = (torch.arange(largest, dtype=torch.float64) + 0.5) * clip / largest / BIN_WIDTH
-        edges = edges.clamp(max=BINS)
-        below = edges.floor().long().clamp(max=BINS - 1)
-        at_edges = cumulated[below] + (edges - below) * (cumulated[below + 1] - cumulated[below])
-        total = cumulated[-1:]
-        sizes = torch.diff(torch.cat([at_edges, total]), prepend=torch.zeros(1, dtype=torch.float64))
+        largest, total = self.code_max[kind], self.counts[kind].sum()
+        edges = (torch.arange(largest, dtype=torch.float64) + 0.5) * clip / largest
+        sizes = torch.diff(torch.cat([torch.zeros(1), self._within(kind, edges, clip / largest), total[None]]))
         share = sizes[sizes > 0] / total
         return float(total * -(share * share.log2()).sum() + total - sizes[0])
+
+    def _within(self, kind: str, edges: Tensor, step: float) -> Tensor:
+        """How many weights are within each edge of 0 when they are rounded; all in standard deviations."""
+        counts = self.counts[kind]
+        if self.feedback[kind]:
+            spread = step * math.sqrt(2 * self.feedback[kind] / float(counts.sum()))
+            used = counts.nonzero().flatten()
+            middles = (used + 0.5) * BIN_WIDTH
+            near, far = ((edges[:, None] + sign * middles) / spread for sign in (-1, 1))
+            return (torch.erf(near) + torch.erf(far)) @ counts[used] / 2
+        cumulated = torch.cat([torch.zeros(1, dtype=torch.float64), counts.cumsum(0)])
+        edges = (edges / BIN_WIDTH).clamp(max=BINS)
+        below = edges.floor().long().clamp(max=BINS - 1)
+        return cumulated[below] + (edges - below) * (cumulated[below + 1] - cumulated[below])
+
+
+def _feedback_by_hessian(config: Config, hessians: Mapping[str, Tensor]) -> dict[str, float]:
+    """The mean over columns of `gptq.feedback_variance`; 0 where GPTQ has no factor and rounds to the nearest code."""
+    damping = gptq.Damping(config.gptq_damping, config.gptq_damping_times)
+    factors = {name: gptq.factorise(h, damping) for name, h in hessians.items()}
+    return {name: float(gptq.feedback_variance(f).mean()) if f else 0.0 for name, f in factors.items()}
 
 
 def fit_run(
@@ -125,7 +153,7 @@ def fit_run(
         return pack_state(how, loaded.state, loaded.tokenizer, candidate, True, *rest)
 
     try:
-        predictor = Predictor(config, loaded.state, code_bytes(config, loaded.extra))
+        predictor = Predictor(config, loaded.state, loaded.hessians, code_bytes(config, loaded.extra))
         fit, content = solve(predictor, base_clips(config), target_bytes, measure, candidate.read_bytes)
     finally:
         candidate.unlink(missing_ok=True)

@@ -59,6 +59,18 @@ def factorise(hessian: Tensor, damping: Damping) -> Factor | None:
     return Factor(order, inverse.flip(0, 1).float(), dead)
 
 
+def feedback_variance(factor: Factor) -> Tensor:
+    """Variance that the errors of earlier columns have added to each column by the time it is rounded.
+
+    A rounding error is uniform over a step, so column j gets sum over i < j of (U_ij / U_ii)^2 / 12.
+
+    Returns:
+        float64 [K], in squared steps, in the order of the factor; rounding itself adds 1/12 to every column.
+    """
+    upper = factor.upper.double()
+    return (upper / upper.diagonal()[:, None]).square_().triu_(1).sum(0) / 12
+
+
 def quantise_together(
     matrices: list[Tensor], scales: list[Tensor], factor: Factor, code_max: int
 ) -> list[tuple[Tensor, Tensor]]:
