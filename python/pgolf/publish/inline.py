@@ -6,6 +6,7 @@ every op would be in it.
 """
 
 import ast
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def gather(entries: tuple[str, ...], left_out: set[str]) -> Modules:
     walk = _Walk(left_out)
     for name in entries:
         walk.need(name)
-    sources = {name: strip(tree, name) for name, tree in walk.trees.items()}
+    sources = {name: _stripped(name) for name in walk.whole}
     for name, wanted in walk.wanted.items():
         sources[name] = "".join(f"{line}\n" for line in sorted(wanted))
     packages = {name for name in sources if _file(name).name == "__init__.py"}
@@ -41,11 +42,11 @@ def gather(entries: tuple[str, ...], left_out: set[str]) -> Modules:
 
 
 class _Walk:
-    """Follows imports. trees: modules that are taken whole; wanted: lines of packages that hand on names."""
+    """Follows imports. whole: modules that are taken so; wanted: lines of packages that hand on names."""
 
     def __init__(self, left_out: set[str]) -> None:
         self.left_out = left_out
-        self.trees: dict[str, ast.Module] = {}
+        self.whole: set[str] = set()
         self.wanted: dict[str, set[str]] = {}
         self.missed: set[str] = set()
 
@@ -53,16 +54,15 @@ class _Walk:
         """Take a module and what it imports."""
         if name in self.left_out:
             self.missed.add(name)
-        if name in self.left_out or name in self.trees or name in self.wanted:
+        if name in self.left_out or name in self.whole or name in self.wanted:
             return
         if "." in name:
             self.need(name.rpartition(".")[0])
-        path = _file(name)
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        path, tree = _file(name), _parsed(name)
         if path.name == "__init__.py" and _hands_on(tree):
             self.wanted[name] = set()
             return
-        self.trees[name] = tree
+        self.whole.add(name)
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -86,7 +86,7 @@ class _Walk:
         self.need(source)
         if source not in self.wanted:
             return
-        for node in ast.parse(_file(source).read_text(encoding="utf-8")).body:
+        for node in _parsed(source).body:
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     if name == (alias.asname or alias.name):
@@ -99,6 +99,17 @@ def _file(name: str) -> Path | None:
     first, *rest = name.split(".")
     base = ROOTS[first].joinpath(*rest)
     return next((p for p in (base / "__init__.py", base.parent / f"{base.name}.py") if p.is_file()), None)
+
+
+@functools.cache
+def _parsed(name: str) -> ast.Module:
+    """To be read only. Kept, as what is stripped of it: a search for a size counts the same modules again and again."""
+    return ast.parse(_file(name).read_text(encoding="utf-8"), name)
+
+
+@functools.cache
+def _stripped(name: str) -> str:
+    return strip(ast.parse(_file(name).read_text(encoding="utf-8")), name)
 
 
 def _hands_on(tree: ast.Module) -> bool:
