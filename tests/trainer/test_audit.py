@@ -12,7 +12,7 @@ import torch
 
 from pgolf import run
 from pgolf.artifact.pack import pack_run
-from pgolf.audit import record, t10_data, t11_clocks, t12_bytes
+from pgolf.audit import record, t8_coverage, t10_data, t11_clocks, t12_bytes
 from pgolf.audit.case import Budget, Case
 from pgolf.audit.controls import TINY, VOCAB, tiny_bytes, tiny_model
 from pgolf.audit.protocol import PgolfEvaluator
@@ -101,6 +101,30 @@ def test_a_leaky_method_exits_with_1_and_names_the_conditions(audit):
     page = (audit.folder / "audit.html").read_text()
     assert "INVALID: slot" in page and "Violated: Condition 1: strict causal dependence" in page
     assert not (audit.folder / run.SCORES).exists()
+
+
+def test_published_windows_are_refuted_by_t8_for_the_tail_that_they_rescore(audit):
+    """By design: of 320 targets, in windows of 64 that step by 16, the last four windows all score the last 16."""
+    code, out, _ = audit("--method", "sliding", "--set", "eval_windows=legacy", "--tests", "T1,T3,T7,T8", *FAST)
+    assert code == 1
+    result = record.read(audit.folder / "audit.json")
+    failed = {t["name"]: t for t in result["tests"] if t["verdict"] == "fail"}
+    assert [*failed] == ["T3", "T8"] and result["violated"] == ["C1", "C4"]
+    assert "Condition 4: single left-to-right pass" in out
+    assert failed["T8"]["detail"] == "16 targets were scored more than once"
+    assert failed["T8"]["figures"]["missing"] == 0
+    # What is scored again depends on where the text ends, not on what the rest of it says.
+    assert failed["T3"]["detail"].startswith("the cut from target ")
+
+
+def test_what_each_rule_of_windows_rescores():
+    model, cfg = tiny_model(), TINY.replace(eval_seq_len=16, eval_stride=4)
+    for rule, num_targets, repeated in (("exact", 41, 0), ("legacy", 41, 4), ("legacy-full", 41, 4), ("legacy", 16, 4)):
+        evaluator = PgolfEvaluator("sliding", cfg.replace(eval_windows=rule), model, tiny_bytes())
+        tokens = torch.arange(num_targets + 1) % VOCAB
+        found = t8_coverage.run(Case(evaluator, tokens, VOCAB, tiny_bytes(), torch.device("cpu")))
+        assert (found.figures["repeated"], found.figures["missing"]) == (repeated, 0), rule
+        assert found.verdict == ("fail" if repeated else "pass")
 
 
 def test_test_time_training_is_audited_where_it_has_trained(audit):
