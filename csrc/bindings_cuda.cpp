@@ -11,6 +11,9 @@
 #include "common/device.h"
 #include "int6_linear/int6_linear_cuda.h"
 #include "slot/slot_cuda.h"
+#ifdef PGOLF_EMULATE_CUDA
+#include "common/cuda_emulation.h"
+#endif
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -144,4 +147,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("why_not", pgolf::why_not_cuda, py::arg("device"));
   bind_int6_linear(m);
   bind_slot(m);
+#ifdef PGOLF_EMULATE_CUDA
+  m.def("conduct", &pgolf::emulation::conduct, "order"_a = 0, "missing"_a = "");
+#endif
 }

@@ -1,11 +1,12 @@
 // Runs the kernels of a .cu file on the CPU, for tests without a GPU: g++ -x c++ -DPGOLF_EMULATE_CUDA
 // -fno-strict-aliasing.
 //
-// Every thread of a block is a fiber; blocks run one after another, those of launch_resident in turns. A barrier or
-// shuffle that not all its threads reach aborts with a message. The surprise is what this cannot see: races between
-// barriers, memory ordering, and the hardware's approximate functions, whose documented error bounds stand in for them
-// here (tanh_approx). `__shared__` variables are one copy for all blocks, so kernels of launch_resident use
-// shared_memory<T>().
+// Every thread of a block is a fiber, which runs until a barrier or shuffle stops it. A barrier or shuffle that not all
+// its threads reach aborts with a message. One order of running hides most races: forwards, a thread finds what those
+// before it have written, barrier or not. So the order can be chosen, and a barrier left out to see that it is missed
+// (conduct). The surprise is what this cannot see: memory ordering, and the hardware's approximate functions, whose
+// documented error bounds stand in for them here (tanh_approx). `__shared__` variables are one copy for all blocks, so
+// kernels of launch_resident use shared_memory<T>().
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -15,9 +16,13 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -77,6 +82,22 @@ inline dim3 grid_dim, block_dim;
 inline std::function<void()> body;
 inline jmp_buf scheduler;
 
+constexpr unsigned kReversed = 1;
+inline unsigned order;  // of blocks, warps and threads: 0 forwards, 1 backwards, else at random by this seed
+inline std::mt19937 random_bits;
+inline std::string missing;  // barrier, "csrc/.../file.cuh:12 __syncthreads"; or none
+
+// For tests: how the launches from now on run, and which barrier none of their threads waits at.
+inline void conduct(unsigned new_order, const std::string& new_missing) {
+  order = new_order;
+  random_bits.seed(new_order);
+  missing = new_missing;
+}
+
+inline bool is_missing(const char* file, int line, const char* name) {
+  return !missing.empty() && std::string(file) + ':' + std::to_string(line) + ' ' + name == missing;
+}
+
 inline void pause() {
   Fiber& fiber = block->fibers[current];
   if (!_setjmp(fiber.resume)) _longjmp(scheduler, 1);
@@ -133,25 +154,52 @@ inline void prepare(Block& b, dim3 index) {
   }
 }
 
-// Run the first `count` blocks at the same time, to their end.
+// 0 to count - 1 in the order of `order`.
+inline std::vector<unsigned> in_order(unsigned count) {
+  std::vector<unsigned> result(count);
+  std::iota(result.begin(), result.end(), 0u);
+  if (order == kReversed) std::reverse(result.begin(), result.end());
+  if (order > kReversed) std::shuffle(result.begin(), result.end(), random_bits);
+  return result;
+}
+
+// Let a thread run until it waits or ends.
+[[gnu::noinline]] inline void run_thread(Block& b, unsigned thread) {
+  Fiber& fiber = b.fibers[thread];
+  block = &b;
+  current = thread;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+// Run the first `count` blocks at the same time, to their end; a block, and in it a warp, until all its threads wait:
+// as far ahead of the others as barriers let it.
 inline void run_blocks(unsigned count) {
   const unsigned threads = block_dim.x;
-  for (volatile unsigned left = count * threads; left;) {
-    volatile bool moved = false;
-    for (volatile unsigned at = 0; at < count * threads; at = at + 1) {
-      Block& b = *blocks[at / threads];
-      Fiber& fiber = b.fibers[at % threads];
-      if (fiber.done || waits(b, fiber)) continue;
+  unsigned left = count * threads;
+  const auto run_warp = [&](Block& b, const std::vector<unsigned>& lanes, unsigned warp) {
+    bool moved = false;
+    for (const unsigned lane : lanes) {
+      const unsigned thread = warp * 32 + lane;
+      if (thread >= threads || b.fibers[thread].done || waits(b, b.fibers[thread])) continue;
+      run_thread(b, thread);
+      left -= b.fibers[thread].done;
       moved = true;
-      block = &b;
-      current = at % threads;
-      if (!_setjmp(scheduler)) {
-        if (fiber.started) _longjmp(fiber.resume, 1);
-        fiber.started = true;
-        setcontext(&fiber.start);
-      }
-      left = left - blocks[at / threads]->fibers[at % threads].done;
     }
+    return moved;
+  };
+  const auto run_block = [&](Block& b) {
+    bool moved = false;
+    for (const unsigned warp : in_order((threads + 31) / 32))
+      for (const std::vector<unsigned> lanes = in_order(32); run_warp(b, lanes, warp);) moved = true;
+    return moved;
+  };
+  for (const std::vector<unsigned> ordered = in_order(count); left;) {
+    bool moved = false;
+    for (const unsigned i : ordered)
+      while (run_block(*blocks[i])) moved = true;
     if (!moved) {
       fprintf(stderr, "cuda emulation: %u threads wait at barriers that the others never reach\n", left);
       abort();
@@ -165,12 +213,10 @@ void launch(void (*kernel)(Args), dim3 grid, unsigned threads, uintptr_t, const 
   block_dim = dim3(threads);
   body = [&] { kernel(args); };
   if (blocks.empty()) blocks.push_back(std::make_unique<Block>());
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        prepare(*blocks[0], dim3(x, y, z));
-        run_blocks(1);
-      }
+  for (const unsigned i : in_order(grid.x * grid.y * grid.z)) {
+    prepare(*blocks[0], dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y));
+    run_blocks(1);
+  }
 }
 
 template <class Args>
@@ -199,7 +245,11 @@ int max_resident_blocks(void (*)(Args), int, int) {
 #define blockDim (::pgolf::emulation::block_dim)
 #define gridDim (::pgolf::emulation::grid_dim)
 
-inline void __syncthreads() { ::pgolf::emulation::wait(0, int(::pgolf::emulation::block_dim.x)); }
+// Barriers know the place in the source that calls them, which is what `missing` names.
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (::pgolf::emulation::is_missing(file, line, "__syncthreads")) return;
+  ::pgolf::emulation::wait(0, int(::pgolf::emulation::block_dim.x));
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -257,18 +307,22 @@ T& shared_memory() {
   return *reinterpret_cast<T*>(emulation::block->shared.get());
 }
 
-inline void group_barrier(unsigned* counter, unsigned target) {
-  __syncthreads();
+inline void group_barrier(unsigned* counter, unsigned target, const char* file = __builtin_FILE(),
+                          int line = __builtin_LINE()) {
+  const bool is_missing = emulation::is_missing(file, line, "group_barrier");
+  if (!is_missing) __syncthreads();
   if (threadIdx.x == 0) {
-    ++*counter;
+    ++*counter;  // also where it is missing: without, the next one would wait for ever
     auto& fiber = emulation::block->fibers[emulation::current];
     fiber.barrier = -1, fiber.counter = counter, fiber.target = target;
-    if (*counter < target) emulation::pause();
+    if (*counter < target && !is_missing) emulation::pause();
   }
-  __syncthreads();
+  if (!is_missing) __syncthreads();
 }
 
-inline void named_barrier(int id, int threads) { emulation::wait(id, threads); }
+inline void named_barrier(int id, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!emulation::is_missing(file, line, "named_barrier")) emulation::wait(id, threads);
+}
 inline float exp2_approx(float x) { return exp2f(x); }
 // As wrong as the instruction may be: 2^-10.987 relative, with a sign that changes with x.
 inline float tanh_approx(float x) {
