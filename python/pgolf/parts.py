@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from .config import Config
 from .errors import InputError
 
+LOADERS = ("sequential", "coprime", "shuffled")
 MODULES = {
+    **{f"{loader} loader": (f"pgolf.data.loader_{loader}",) for loader in LOADERS},
     "gptq": ("pgolf.artifact.calibration", "pgolf.artifact.gptq", "pgolf.generate"),
     "generated": ("pgolf.kv_cache",),
     "pruning": ("pgolf.artifact.prune",),
@@ -23,6 +25,7 @@ def needed_parts(cfg: Config, methods: Iterable[str] = ()) -> set[str]:
     """What a run of cfg needs, scored by its eval_stages and by `methods`: names of MODULES."""
     scorings = {part for method in (*cfg.eval_stages.split(","), *methods) for part in method.split("+")}
     conditions = {
+        **{f"{loader} loader": cfg.loader == loader for loader in LOADERS},
         "gptq": cfg.uses_gptq,
         "generated": cfg.uses_gptq and cfg.calibration == "generated",
         "pruning": cfg.target_bytes > 0,

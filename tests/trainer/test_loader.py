@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.data.loader import CoprimeLoader, SequentialLoader, ShuffledLoader, coprime_seed, make_loader, seed_path
+from pgolf.data.loader import make_loader
+from pgolf.data.loader_coprime import CoprimeLoader, coprime_seed, seed_path
+from pgolf.data.loader_sequential import SequentialLoader
+from pgolf.data.loader_shuffled import ShuffledLoader
 from pgolf.data.shards import shard_name, write_shard
 from pgolf.errors import InputError
 
