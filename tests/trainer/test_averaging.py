@@ -17,7 +17,8 @@ from pgolf.optimise.averaging import make_average
 from pgolf.optimise.schedule import lr_multiplier
 from pgolf.presets import preset
 from pgolf.scoring.validation import plain_score
-from pgolf.train import Trainer, train
+from pgolf.train import train
+from pgolf.trainer import Trainer
 
 STEPS = 9
 RANKS = Ranks(0, 1, torch.device("cpu"))

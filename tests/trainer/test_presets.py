@@ -26,7 +26,7 @@ from pgolf.optimise.groups import Optimisers
 from pgolf.optimise.schedule import lr_multiplier, muon_momentum
 from pgolf.presets import FACTS, PRESETS, preset
 from pgolf.scoring.published import PUBLISHED as SCORING
-from pgolf.train import Trainer
+from pgolf.trainer import Trainer
 
 PUBLISHED = {"pr1217": 27_041_372, "pr1128": 26_928_220, "pr1333": 34_401_372, "pr675": 26_862_694}
 # Counts and positions that a small model has to choose anew; everything else of a golden model is the preset's.

@@ -18,7 +18,8 @@ from pgolf.optimise.fake_quantise import FakeQuantiser
 from pgolf.optimise.schedule import lr_multiplier
 from pgolf.presets import preset
 from pgolf.scoring.validation import plain_score
-from pgolf.train import Trainer, train
+from pgolf.train import train
+from pgolf.trainer import Trainer
 from pgolf_kernels import dispatch
 
 CPU = torch.device("cpu")

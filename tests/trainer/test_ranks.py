@@ -14,7 +14,8 @@ from pgolf.distributed import Ranks
 from pgolf.errors import InputError
 from pgolf.optimise import checkpoint
 from pgolf.presets import preset
-from pgolf.train import Trainer, train
+from pgolf.train import train
+from pgolf.trainer import Trainer
 
 STEPS = 2  # before the checkpoint, and after it
 # Six windows for 1, 2 and 3 ranks, and banks of 3 and 6 matrices, which 2 and 3 do not all share equally.

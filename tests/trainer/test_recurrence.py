@@ -17,7 +17,8 @@ from pgolf.evaluate import evaluate, load_model
 from pgolf.generate import generate
 from pgolf.model import GPT
 from pgolf.presets import preset
-from pgolf.train import Trainer, train
+from pgolf.train import train
+from pgolf.trainer import Trainer
 from pgolf_kernels import dispatch
 
 START, STEPS = 3, 6

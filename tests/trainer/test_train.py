@@ -21,7 +21,8 @@ from pgolf.distributed import Ranks
 from pgolf.errors import InputError
 from pgolf.optimise import checkpoint
 from pgolf.presets import preset
-from pgolf.train import micro_batch_windows, train
+from pgolf.train import train
+from pgolf.trainer import micro_batch_windows
 
 STEPS = 12
 

@@ -79,7 +79,7 @@ def measure(cfg: Config, data: Path, device: str = "auto", budget_s: float | Non
     """
     from ..evaluate import score_method
     from ..scoring.validation import validation_tokens
-    from ..train import Trainer
+    from ..trainer import Trainer
 
     dataset = Dataset.open(data, vocab_size=cfg.vocab_size)
     ranks = distributed.Ranks(0, 1, distributed.start(device).device)
