@@ -5,7 +5,7 @@ import json
 import sys
 
 from .commands import Refuted, artifacts, data, is_main_rank, machine, publishing, scoring, training
-from .errors import InputError
+from .errors import FailedElsewhereError, InputError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,6 +13,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = args.run(args)
+    except FailedElsewhereError:
+        return 2
     except InputError as error:
         sys.stderr.write(f"pgolf: {error}\n")
         return 2

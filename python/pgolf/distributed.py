@@ -2,14 +2,17 @@
 
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from .errors import InputError
+from .errors import FailedElsewhereError, InputError
 
+T = TypeVar("T")
 _STARTS = itertools.count()  # how often this process has joined a job: training, then each evaluation
 
 
@@ -38,6 +41,30 @@ class Ranks:
     def barrier(self) -> None:
         if self.control is not None:
             dist.barrier(group=self.control)
+
+    def on_main(self, act: Callable[[], T]) -> T | None:
+        """Call `act` on rank 0 alone, such as to write a file, while the others wait to hear how it went.
+
+        Returns:
+            What `act` returned; None on the other ranks.
+
+        Raises:
+            Exception: on rank 0, what `act` raised; on the others FailedElsewhereError, so that none waits in vain.
+        """
+        result = failure = None
+        if self.is_main:
+            try:
+                result = act()
+            except Exception as error:
+                failure = error
+        if self.control is not None:
+            said = [failure and (str(failure) or type(failure).__name__)]
+            dist.broadcast_object_list(said, src=0, group=self.control)
+            if said[0] is not None and not self.is_main:
+                raise FailedElsewhereError(said[0])
+        if failure is not None:
+            raise failure
+        return result
 
     def gather(self, value: object) -> list:
         """The values of all ranks, in rank order."""

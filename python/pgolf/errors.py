@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """What must hold, what came, and what to do about it."""
+
+
+class FailedElsewhereError(InputError):
+    """Rank 0 could not do its part and says why; the other ranks end with this, and say nothing of their own."""

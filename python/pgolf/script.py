@@ -15,7 +15,7 @@ from . import run
 from .commands import add_average, add_settings, is_main_rank
 from .config import Config
 from .environment import Request, read_environment
-from .errors import InputError
+from .errors import FailedElsewhereError, InputError
 from .parts import MODULES, needed_parts, refuse_missing
 from .progress import meter
 
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None, config: Config | None = None, parts: set
             request = read_environment(os.environ, config or args.preset, settings)
             refuse_missing(needed_parts(request.config), parts)
             run_stages(request, args.device)
+    except FailedElsewhereError:
+        return 2
     except InputError as error:
         sys.stderr.write(f"train_gpt: {error}\n")
         return 2

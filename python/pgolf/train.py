@@ -96,8 +96,12 @@ def _train(
     plan = _prepare(trainer, progress, budget_s)
     ranks.barrier()  # every rank has accepted its input before rank 0 writes anything
     provenance = dataset.provenance()
-    recorder.start(provenance["sha256"], lambda: trainer.step, resume)
-    log = _open_run(cfg, dataset, run_dir, ranks, on_event) if ranks.is_main else None
+
+    def begin() -> run.RunLog:
+        recorder.start(provenance["sha256"], lambda: trainer.step, resume)
+        return _open_run(cfg, dataset, run_dir, ranks, on_event)
+
+    log = ranks.on_main(begin)
     if resume and checkpoint.latest(run_dir):
         trainer.resume(run_dir)
         progress.note(f"resumed at step {trainer.step}")
@@ -116,25 +120,12 @@ def _train(
 
     if trainer.average and not trainer.average.copy_to_model():
         progress.note(f"average {cfg.average}: no snapshot was taken; the last weights are exported")
-    if ranks.is_main:
-        weights = {k: v.detach().float().cpu().contiguous() for k, v in trainer.model.export_state().items()}
-        content = safetensors.torch.save(weights, {run.TRAINED_STEPS: str(trainer.step)})
-        run.write_atomically(run_dir / run.MODEL, content)
-        if cfg.uses_gptq:
-            with progress.stage("calibrating"):
-                seconds = _calibrate(trainer, run_dir, hashlib.sha256(content).hexdigest())
-            log.write("calibrate", seconds=round(seconds, 3), batches=cfg.calibration_batches)
-            if cfg.max_seconds and trainer.elapsed_s + seconds > cfg.max_seconds:
-                progress.note(
-                    f"training and calibration took {trainer.elapsed_s + seconds:.1f} s of {cfg.max_seconds:g}; "
-                    "raise gptq_reserve_seconds"
-                )
-        if plan:
-            progress.note(
-                f"predicted {plan.steps:,} steps in {plan.train_seconds:.1f} s, "
-                f"did {trainer.step:,} in {trainer.elapsed_s:.1f} s"
-            )
-    ranks.barrier()
+    ranks.on_main(lambda: _export(trainer, run_dir, log, progress))
+    if plan:
+        progress.note(
+            f"predicted {plan.steps:,} steps in {plan.train_seconds:.1f} s, "
+            f"did {trainer.step:,} in {trainer.elapsed_s:.1f} s"
+        )
     with progress.stage("validating"):
         scores = validate(trainer)
     summary = {
@@ -166,6 +157,24 @@ def _prepare(trainer: Trainer, progress: TrainingProgress, budget_s: float | Non
     if budget_s is not None:
         budget.check_training(cfg, plan, budget_s)
     return plan
+
+
+def _export(trainer: Trainer, run_dir: Path, log: run.RunLog, progress: TrainingProgress) -> None:
+    """Write the weights, and with GPTQ the Hessians of their inputs."""
+    cfg = trainer.cfg
+    weights = {k: v.detach().float().cpu().contiguous() for k, v in trainer.model.export_state().items()}
+    content = safetensors.torch.save(weights, {run.TRAINED_STEPS: str(trainer.step)})
+    run.write_atomically(run_dir / run.MODEL, content)
+    if not cfg.uses_gptq:
+        return
+    with progress.stage("calibrating"):
+        seconds = _calibrate(trainer, run_dir, hashlib.sha256(content).hexdigest())
+    log.write("calibrate", seconds=round(seconds, 3), batches=cfg.calibration_batches)
+    if cfg.max_seconds and trainer.elapsed_s + seconds > cfg.max_seconds:
+        progress.note(
+            f"training and calibration took {trainer.elapsed_s + seconds:.1f} s of {cfg.max_seconds:g}; "
+            "raise gptq_reserve_seconds"
+        )
 
 
 def _calibrate(trainer: Trainer, run_dir: Path, model_sha256: str) -> float:

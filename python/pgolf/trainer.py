@@ -125,14 +125,16 @@ class Trainer:
         return tensors
 
     def save(self, run_dir: Path) -> None:
-        """Every rank calls this: rank 0 writes what all hold alike, and the momentum that it gathers from them."""
+        """Every rank calls this: rank 0 writes what all hold alike, and the momentum that it gathers from them.
+
+        Raises:
+            InputError: on every rank, if rank 0 could not write it.
+        """
         tensors = self.checkpoint_tensors()
-        if self.ranks.is_main:
-            state = {"elapsed_s": self.elapsed_s, "loader": self.loader.state_dict()}
-            state |= {"config": json.loads(self.cfg.to_json())}
-            state |= {"quantised_since": self.quantiser.since} if self.quantiser else {}
-            checkpoint.save(run_dir, self.step, tensors, state)
-        self.ranks.barrier()
+        state = {"elapsed_s": self.elapsed_s, "loader": self.loader.state_dict()}
+        state |= {"config": json.loads(self.cfg.to_json())}
+        state |= {"quantised_since": self.quantiser.since} if self.quantiser else {}
+        self.ranks.on_main(lambda: checkpoint.save(run_dir, self.step, tensors, state))
 
     def resume(self, run_dir: Path) -> None:
         tensors, state = checkpoint.load(run_dir)

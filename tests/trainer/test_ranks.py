@@ -9,9 +9,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pgolf import distributed
+from pgolf.cli import main
 from pgolf.data.dataset import Dataset
 from pgolf.distributed import Ranks
-from pgolf.errors import InputError
+from pgolf.errors import FailedElsewhereError, InputError
 from pgolf.optimise import checkpoint
 from pgolf.presets import preset
 from pgolf.train import train
@@ -65,6 +66,10 @@ def on_rank(rank, world, data, out):
             assert torch.equal(weights(resumed), weights(trainer))
             if rank == 0:
                 torch.save((losses, weights(trainer)), out / f"{name}.pt")
+        (out / "a file").touch()
+        with pytest.raises(InputError) as caught:
+            trainer.save(out / "a file")  # no folder can be made there, but only rank 0 tries
+        (out / f"failure{rank}").write_text(f"{caught.type.__name__}: {caught.value}")
     finally:
         dist.destroy_process_group()
     os._exit(0)  # a gloo process that merely initialises and exits aborts about once in 200 times (torch 2.13)
@@ -101,6 +106,23 @@ def test_a_checkpoint_of_several_ranks_is_that_of_one(several, dataset_dir):
         for key in filter(lambda key: key.startswith("optimiser."), one):
             scale = one[key].float().abs().max().item()
             torch.testing.assert_close(tensors[key], one[key], rtol=0, atol=1e-4 * scale)
+
+
+def test_a_checkpoint_that_rank_0_cannot_write_ends_all_ranks(several):
+    """Each with the same words, rank 0 as the one that says them; without that the others would wait for it."""
+    first, *others = ((several / f"failure{rank}").read_text() for rank in range(len(list(several.glob("failure*")))))
+    kind, words = first.split(": ", 1)
+    assert kind == "InputError" and "could not be written" in words and "no earlier checkpoint exists" in words
+    assert others and set(others) == {f"FailedElsewhereError: {words}"}
+
+
+def test_only_rank_0_says_why_it_failed(tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise FailedElsewhereError("rank 0's words")
+
+    monkeypatch.setattr("pgolf.train.train", fail)
+    assert main(["train", "--preset", "tiny", "--data", str(tmp_path), "--run", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_before_data_is_read(monkeypatch, tmp_path):
