@@ -14,10 +14,9 @@ def _load(name: str, what: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f".{name}", __package__), None
     except ImportError as error:
-        return (
-            None,
-            f"the {what} extension is not available ({error}); build it with `python setup.py build_ext --inplace`",
-        )
+        bundled = hasattr(__spec__.loader, "program_bytes")  # then there is no setup.py, and the error says what to do
+        advice = "" if bundled else "; build it with `python setup.py build_ext --inplace`"
+        return None, f"the {what} extension is not available ({error}){advice}"
 
 
 cpu, WHY_NOT_CPU = _load("_cpu", "CPU")

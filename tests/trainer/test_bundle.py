@@ -92,7 +92,7 @@ def test_compiled_kernels_score_to_the_same_bits_in_an_empty_directory(copy, dat
         and "cpu" in theirs["implementations"].values()
     )
     assert (theirs["val_loss"], theirs["val_bpb"]) == (ours["val_loss"], ours["val_bpb"])
-    assert done.stderr.count("compiling") == 1
+    assert done.stderr.count("compiling") == 1 and "setup.py" not in done.stderr
     assert "compiling" not in elsewhere(folder, *arguments).stderr
 
 
@@ -145,9 +145,16 @@ def test_what_was_left_out_is_refused_before_any_work(copy, dataset_dir, tmp_pat
 def test_tracebacks_name_modules_and_show_their_lines(copy, tmp_path, elsewhere):
     alone(copy, tmp_path / "empty", "plain", kernels="reference")
     code = "import runpy; runpy.run_path('train_gpt.py'); import pgolf.model as m, inspect"
-    code += "; print(inspect.getsource(m.mlp)); m.GPT(None)"
+    code += "; print(inspect.getsource(m.mlp)); from pgolf_kernels import extension as e"
+    code += "; print(e.WHY_NOT_CPU); print(e.WHY_NOT_CUDA); m.GPT(None)"
     done = elsewhere(tmp_path / "empty", "-c", code)
     assert done.stdout.startswith("def mlp(x, w_up, w_down, negative_slope):")
+    # There is no setup.py beside a bundle.
+    for line, name, kernels in zip(done.stdout.splitlines()[-2:], ("CPU", "CUDA"), ("cpu", "gpu"), strict=True):
+        assert line == (
+            f"the {name} extension is not available (this program was bundled without it; `pgolf bundle RUN --kernels "
+            f"{kernels}` makes one with it)"
+        )
     assert "train_gpt.py/pgolf/model.py" in done.stderr and "AttributeError" in done.stderr
 
 

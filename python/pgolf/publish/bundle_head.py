@@ -21,7 +21,8 @@ class Program(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         sources: text by full name of the module, or by path below pgolf_kernels for its data files.
         packages: names among sources.
         left_out: full names of modules that are not here.
-        build: full name of an extension module -> path of its library, built if need be; None: there are none.
+        build: a Builder of bundle_build.py: full name of an extension module -> path of its library; None: there are
+            none.
     """
 
     def __init__(self, file, sources, packages, left_out, build=None):
@@ -37,8 +38,10 @@ class Program(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
             spec.has_location = True
             return spec
         if name in ("pgolf_kernels._cpu", "pgolf_kernels._cuda"):
-            if self.build is None:
-                raise ImportError("this program was bundled without it")
+            kind = name.rpartition("_")[2]
+            if self.build is None or not self.build.ops[kind]:
+                option = f"--kernels {'cpu' if kind == 'cpu' else 'gpu'}"
+                raise ImportError(f"this program was bundled without it; `pgolf bundle RUN {option}` makes one with it")
             return importlib.util.spec_from_file_location(name, self.build(name))
         if name.partition(".")[0] in OURS:
             raise ModuleNotFoundError(f"{self.file} has no module {name}", name=name)
