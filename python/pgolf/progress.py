@@ -81,6 +81,29 @@ def staged_meter(description: str, enabled: bool = True) -> Iterator[Callable[[s
         yield lambda stage, done, total: bar.update(done / total if total else 0.0, stage)
 
 
+class StageClock:
+    """Times the stages of some work, in `seconds` by name, and passes their progress on.
+
+    Args:
+        on_progress: called with (stage, done, total), total 0 where that is unknown; None: nobody is told.
+    """
+
+    def __init__(self, on_progress: Callable[[str, int, int], None] | None) -> None:
+        self.on_progress, self.seconds = on_progress, {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        started = time.perf_counter()
+
+        def report(done: int, total: int) -> None:
+            if self.on_progress:
+                self.on_progress(name, done, total)
+
+        report(0, 0)
+        yield report
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+
+
 class TrainingProgress:
     """The bar of a training run: its share of the time or step budget, whichever is further along."""
 

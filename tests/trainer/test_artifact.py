@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pgolf import run
-from pgolf.artifact import container, pack, planes
+from pgolf.artifact import container, pack, planes, unpack
 from pgolf.artifact.header import TensorEntry
 from pgolf.artifact.inspect import inspect, table
 from pgolf.artifact.quantise import CODE_MAX, Rounding, quantise_at_quantile, quantise_state, tensor_role
@@ -168,8 +168,8 @@ def test_each_kind_has_bits_and_a_clip_of_its_own(weights, tmp_path):
     }
     assert "int8" not in {k["kind"] for k in found["kinds"]}
     assert sum(kind["stored_bytes"] for kind in found["kinds"]) == path.stat().st_size
-    pack.unpack(path, tmp_path / "open")
-    pack.repack(tmp_path / "open", tmp_path / "again.pgolf")
+    unpack.unpack(path, tmp_path / "open")
+    unpack.repack(tmp_path / "open", tmp_path / "again.pgolf")
     assert (tmp_path / "again.pgolf").read_bytes() == path.read_bytes()
 
 
@@ -304,8 +304,8 @@ def test_pack_load_unpack_repack(weights, tmp_path):
         step = 0.0 if expected[name].scale is None else expected[name].scale.max().item() / 2
         assert (value - weights[name]).abs().max() <= step * 1.01 + weights[name].abs().max() / 1000
 
-    pack.unpack(path, tmp_path / "unpacked")
-    again = pack.repack(tmp_path / "unpacked", tmp_path / "again.pgolf")
+    unpack.unpack(path, tmp_path / "unpacked")
+    again = unpack.repack(tmp_path / "unpacked", tmp_path / "again.pgolf")
     assert (tmp_path / "again.pgolf").read_bytes() == path.read_bytes()
     assert dataclasses.replace(again, path=report.path) == report
 
@@ -360,7 +360,7 @@ def test_repack_refuses_what_does_not_fit(tmp_path):
         ("header.json", lambda d: d.pop("extra"), "the header must be an object"),
         ("codes.safetensors", None, "not a safetensors file"),
     ):
-        paths = pack.unpack(path, tmp_path / "x")
+        paths = unpack.unpack(path, tmp_path / "x")
         if change is None:
             paths["codes"].write_bytes(b"\xff" * 50)
         else:
@@ -368,7 +368,7 @@ def test_repack_refuses_what_does_not_fit(tmp_path):
             change(header)
             paths["header"].write_text(json.dumps(header))
         with pytest.raises(InputError, match=message) as caught:
-            pack.repack(tmp_path / "x", tmp_path / "b.pgolf")
+            unpack.repack(tmp_path / "x", tmp_path / "b.pgolf")
         assert str(caught.value).startswith(str(tmp_path / "x"))
         assert name in str(caught.value)
     assert not (tmp_path / "b.pgolf").exists()

@@ -208,7 +208,7 @@ def test_training_calibrates_and_packing_needs_no_data(gptq_run, tmp_path, capsy
     assert set(report["errors"]) == {"attn", "mlp", "embed", "float16"}
     assert sum(report["bytes_by_kind"].values()) == report["artifact_bytes"]
 
-    state = pack._load_safetensors(gptq_run / run.MODEL)
+    state = pack.load_safetensors(gptq_run / run.MODEL)
     model = GPT(config)
     model.load_export(state)
     sha256 = hashlib.sha256((gptq_run / run.MODEL).read_bytes()).hexdigest()
@@ -229,7 +229,7 @@ def test_training_calibrates_and_packing_needs_no_data(gptq_run, tmp_path, capsy
 def test_gptq_costs_less_than_rounding_where_it_counts(gptq_run, dataset_dir):
     """More plain error, less under the Hessian, with the run's own weights and text."""
     config = run.read_config(gptq_run).replace(attn_bits=5, mlp_bits=5)
-    state = pack._load_safetensors(gptq_run / run.MODEL)
+    state = pack.load_safetensors(gptq_run / run.MODEL)
     wanted = wanted_hessians(config, {name: tuple(t.shape) for name, t in state.items()})
     hessians = calibration.hessians_of_run(gptq_run, config, state, wanted, None, "cpu")
     ours = quantise_state(config, state, hessians)

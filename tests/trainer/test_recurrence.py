@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 from pgolf import run
-from pgolf.artifact.pack import pack_run, read_content, repack, unpack
+from pgolf.artifact.pack import pack_run, read_content
+from pgolf.artifact.unpack import repack, unpack
 from pgolf.data.dataset import Dataset
 from pgolf.distributed import Ranks
 from pgolf.errors import InputError

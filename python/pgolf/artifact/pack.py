@@ -1,15 +1,12 @@
-"""Pack a model's weights into an artifact file, load one, and take one apart to look inside or change it.
+"""Pack a model's weights into an artifact file, and read one.
 
 The limit of the challenge, 16,000,000 bytes, counts the file and the program together.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +18,7 @@ from torch import Tensor
 from .. import run
 from ..config import Config
 from ..errors import InputError
+from ..progress import StageClock
 from . import account, container
 from .header import Header, TensorEntry
 from .prune import Pruning, layer_by_layer, prune
@@ -38,8 +36,6 @@ PACKING_FIELDS = (  # prefixes of the settings that a run may be packed with
     *("attn_bits", "attn_gptq", "mlp_bits", "mlp_clip", "mlp_gptq", "embed_bits", "embed_clip", "embed_gptq"),
     *("int6_", "gptq_", "calibration", "float16_max_values", "target_bytes", "compressor"),
 )
-CODES, HEADER = "codes.safetensors", "header.json"
-_SCALE = "#scale"  # codes.safetensors holds a tensor's codes or values under its name, its scales under name + this
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def pack_state(
     Raises:
         InputError: a tensor cannot be stored, the result is too large, or `out` cannot be written.
     """
-    clock = _Stages(on_progress)
+    clock = StageClock(on_progress)
     with clock.stage("quantising") as progress:
         tensors = quantise_state(config, state, hessians, progress)
     pruned, data = None, b""
@@ -208,7 +204,7 @@ def load_run(
             f"{run_dir}: holds no {run.MODEL}; finish the run first (`pgolf train --resume --run {run_dir}`)"
         )
     tokenizer = hashlib.sha256(read_bytes(run_dir / run.TOKENIZER)).hexdigest()
-    state, hessians, clock = _load_safetensors(run_dir / run.MODEL), None, _Stages(on_progress)
+    state, hessians, clock = load_safetensors(run_dir / run.MODEL), None, StageClock(on_progress)
     wanted = wanted_hessians(config, {name: tuple(t.shape) for name, t in state.items()})
     if wanted:
         from .calibration import hessians_of_run  # imports the model, which packing without GPTQ does not need
@@ -225,25 +221,6 @@ def log_packing(run_dir: Path, report: PackReport, settings: list[str]) -> None:
     sizes = {name: getattr(report, name) for name in ("artifact_bytes", "code_bytes", "sha256")}
     log.write("pack", **sizes, seconds=report.seconds, settings=list(settings))
     log.close()
-
-
-class _Stages:
-    """Times stages and passes their progress on."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self.on_progress, self.seconds = on_progress, {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        started = time.perf_counter()
-        report = (lambda done, total: self.on_progress(name, done, total)) if self.on_progress else _silent
-        report(0, 0)
-        yield report
-        self.seconds[name] = round(time.perf_counter() - started, 3)
-
-
-def _silent(done: int, total: int) -> None:
-    pass
 
 
 def pack_tensors(
@@ -312,43 +289,8 @@ def read_bytes(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def unpack(path: Path, out_dir: Path) -> dict[str, Path]:
-    """Take an artifact apart into out_dir: codes.safetensors (int8 codes, float16 scales and tensors), header.json.
-
-    Returns:
-        {"codes": path, "header": path}; `repack` makes the same bytes of them again.
-    """
-    content = read_content(path)
-    tensors = {name: t.values for name, t in content.tensors.items()}
-    tensors |= {name + _SCALE: t.scale for name, t in content.tensors.items() if t.scale is not None}
-    paths = {"codes": Path(out_dir) / CODES, "header": Path(out_dir) / HEADER}
-    run.write_atomically(paths["codes"], safetensors.torch.save(tensors))
-    run.write_atomically(paths["header"], json.dumps(content.header.as_dict(), indent=1).encode())
-    return paths
-
-
-def repack(directory: Path, out: Path, allow_oversize: bool = False) -> PackReport:
-    """Pack what `unpack` wrote. Raises InputError if the two files do not fit each other."""
-    text = read_bytes(Path(directory) / HEADER)
-    try:
-        header = Header.from_json(text)
-    except InputError as error:
-        raise InputError(f"{directory}/{HEADER}: {error}") from error
-    stored = _load_safetensors(Path(directory) / CODES)
-    names = {e.name for e in header.tensors} | {e.name + _SCALE for e in header.tensors if e.role != "float16"}
-    if names != set(stored):
-        odd = sorted(names ^ set(stored))
-        raise InputError(f"{directory}: {HEADER} and {CODES} must name the same tensors, but differ in {odd[:5]}")
-    tensors = {}
-    for e in header.tensors:
-        try:
-            tensors[e.name] = CodedTensor(e.role, e.shape, stored[e.name], stored.get(e.name + _SCALE))
-        except InputError as error:
-            raise InputError(f"{directory}/{CODES}: {e.name}: {error}") from error
-    return pack_tensors(header.config, tensors, header.tokenizer_sha256, out, allow_oversize, header.extra)
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises InputError if it is none."""
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

@@ -34,7 +34,8 @@ def register(steps) -> None:
 
 def pack(args: Namespace) -> dict:
     from .. import run
-    from ..artifact.pack import pack_run, repack
+    from ..artifact.pack import pack_run
+    from ..artifact.unpack import repack
 
     out = args.out or args.run_dir / run.ARTIFACT
     if (args.run_dir / run.CONFIG).exists():
@@ -83,7 +84,7 @@ def fit(args: Namespace) -> dict:
 
 
 def unpack(args: Namespace) -> dict:
-    from ..artifact.pack import unpack as unpack_artifact
+    from ..artifact.unpack import unpack as unpack_artifact
 
     paths = {name: str(path) for name, path in unpack_artifact(args.artifact, args.out).items()}
     say(args, "\n".join(f"wrote {path}" for path in paths.values()))
