@@ -74,7 +74,7 @@ for op in "${ops[@]}"; do
   to=$out/bench-$op.json stage "bench-$op" 120 python3 -m benchmarks.bench "$op" --device cuda --json
 done
 [ -n "$only" ] || stage train 60 python3 -m pgolf demo --run "$out/demo" --data "$out/stdlib" --set max_seconds=20
-tunable=(leaky_relu2_mlp softcapped_cross_entropy int6_linear)
+tunable=(leaky_relu2_mlp softcapped_cross_entropy int6_linear slot optim)
 [ -z "$only" ] || mapfile -t tunable < <(printf '%s\n' "${tunable[@]}" | grep -x "$only")
 for op in "${tunable[@]}"; do stage "tune-$op" 300 python3 -m benchmarks.tune "$op" --write; done
 case ${only:-newton_schulz} in newton_schulz) stage tune-newton_schulz 300 python3 -m benchmarks.tune_newton_schulz --write ;; esac

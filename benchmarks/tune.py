@@ -12,22 +12,25 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from triton.testing import do_bench
 
-from pgolf_kernels import tiles
+from benchmarks.tuning import add_to_table, close, close_table, median_ms, ranked, with_tile_of
+from pgolf_kernels import multi_tensor, tiles
 from pgolf_kernels.ops.int6_linear import gpu as int6_gpu
 from pgolf_kernels.ops.int6_linear import quantize_int6
 from pgolf_kernels.ops.int6_linear import triton_kernel as int6
 from pgolf_kernels.ops.leaky_relu2_mlp import reference as mlp_reference
 from pgolf_kernels.ops.leaky_relu2_mlp import triton_kernel as mlp
+from pgolf_kernels.ops.slot import AdamW, slot_fit
+from pgolf_kernels.ops.slot import triton_rows as slot_rows
 from pgolf_kernels.ops.softcapped_cross_entropy import op as ce_op
 from pgolf_kernels.ops.softcapped_cross_entropy import reference as ce_reference
 from pgolf_kernels.ops.softcapped_cross_entropy import softcapped_cross_entropy
 from pgolf_kernels.ops.softcapped_cross_entropy import triton_kernel as ce
+from pgolf_kernels.optim import adamw_pass, muon_passes
+from pgolf_kernels.optim.averages import Averages
 
 DEVICE, T, D = "cuda", 98304, 512
 VOCABULARIES = (1024, 4096, 8192)
@@ -70,31 +73,6 @@ def _compile_mlp(tiling: mlp.Tiling) -> None:
         print(f"{tuple(tiling)}: {error}", file=sys.stderr)
 
 
-def _median_ms(call: Callable) -> float:
-    return do_bench(call, warmup=20, rep=60, return_mode="median")
-
-
-def _ranked(candidates: list, build: Callable, check: Callable) -> list[dict]:
-    """The eight fastest candidates that are right, fastest first, then those that cannot run."""
-    timed, failed = [], []
-    for candidate in candidates:
-        call = build(candidate)
-        try:
-            correct = check(call())
-        except Exception as error:
-            failed.append({"config": candidate, "failed": f"{type(error).__name__}: {error}"[:80]})
-            continue
-        if correct:
-            timed.append({"config": candidate, "ms": round(_median_ms(call), 4)})
-        else:
-            failed.append({"config": candidate, "failed": "wrong result"})
-    return sorted(timed, key=lambda row: row["ms"])[:8] + failed
-
-
-def _close(want: torch.Tensor) -> Callable:
-    return lambda got: bool((got.float() - want.float()).norm() <= 1e-2 * want.float().norm())
-
-
 def tune_leaky_relu2_mlp() -> dict:
     """Both kernels at both widths, with cuBLAS's time for the bare product and PyTorch's for product and epilogue."""
     tilings = _tilings()
@@ -107,17 +85,17 @@ def tune_leaky_relu2_mlp() -> dict:
         p = x @ w_up.T
         want_a = torch.nn.functional.leaky_relu(p, SLOPE).square()
         want_dp = (dy @ w_down) * torch.where(p > 0, 2 * p, 2 * SLOPE**2 * p)
-        result[f"up {H}"] = _ranked(tilings, lambda t, x=x, w=w_up: lambda: mlp.up(x, w, SLOPE, t), _close(want_a))
-        result[f"dp {H}"] = _ranked(
-            tilings, lambda t, dy=dy, w=w_down, a=a: lambda: mlp.dp(dy, w, a, SLOPE, t), _close(want_dp)
+        result[f"up {H}"] = ranked(tilings, lambda t, x=x, w=w_up: lambda: mlp.up(x, w, SLOPE, t), close(want_a))
+        result[f"dp {H}"] = ranked(
+            tilings, lambda t, dy=dy, w=w_down, a=a: lambda: mlp.dp(dy, w, a, SLOPE, t), close(want_dp)
         )
         result[f"cublas {H}"] = {
-            "x w_up^T": _median_ms(lambda x=x, w=w_up: x @ w.T),
-            "dy w_down": _median_ms(lambda dy=dy, w=w_down: dy @ w),
-            "a w_down^T": _median_ms(lambda a=a, w=w_down: a @ w.T),
-            "dp w_up": _median_ms(lambda a=a, w=w_up: a @ w),
-            "dp^T x": _median_ms(lambda a=a, x=x: a.T @ x),
-            "eager mlp forward": _median_ms(
+            "x w_up^T": median_ms(lambda x=x, w=w_up: x @ w.T),
+            "dy w_down": median_ms(lambda dy=dy, w=w_down: dy @ w),
+            "a w_down^T": median_ms(lambda a=a, w=w_down: a @ w.T),
+            "dp w_up": median_ms(lambda a=a, w=w_up: a @ w),
+            "dp^T x": median_ms(lambda a=a, x=x: a.T @ x),
+            "eager mlp forward": median_ms(
                 lambda x=x, u=w_up, d=w_down: mlp_reference.forward(x, u, d, SLOPE),
             ),
         }
@@ -125,17 +103,17 @@ def tune_leaky_relu2_mlp() -> dict:
 
 
 def tune_softcapped_cross_entropy() -> dict:
-    """Warps of the row kernel, and keeping d(logits) against chunks of several sizes, per vocabulary size."""
+    """Blocks and warps of the row kernel, and keeping d(logits) against chunks of several sizes, per vocabulary."""
     result = {}
     for V in VOCABULARIES:
         hidden, weight = _normal(T, D), _normal(V, D, scale=4 * D**-0.5)
         targets = torch.randint(V, (T,), device=DEVICE)
         losses, one = torch.empty(T, device=DEVICE), torch.full((), 1 / T, device=DEVICE)
         logits = hidden @ weight.T
-        result[f"row kernel {V}"] = _ranked(
-            [1, 2, 4, 8, 16],
-            lambda warps, u=logits, y=targets, losses=losses, one=one: (
-                lambda: ce.loss_and_grad(u, y, losses, one, SOFTCAP, IGNORE, num_warps=warps)
+        result[f"row kernel {V}"] = ranked(
+            [ce.RowTile(block, warps) for block in (V, V // 2) for warps in (1, 2, 4, 8, 16)],
+            lambda tile, u=logits, y=targets, losses=losses, one=one: (
+                lambda: ce.loss_and_grad(u, y, losses, one, SOFTCAP, IGNORE, tile)
             ),
             lambda _: True,  # it overwrites its input, so only its time means something here
         )
@@ -155,13 +133,13 @@ def tune_softcapped_cross_entropy() -> dict:
         chunks = [None, 2048, 4096, 8192, 16384, 32768]
 
         def check(got, want=want):
-            return all(_close(w)(g) for g, w in zip(got, want, strict=True))
+            return all(close(w)(g) for g, w in zip(got, want, strict=True))
 
-        result[f"rows per chunk {V}"] = _ranked(chunks, with_chunk, check)
+        result[f"rows per chunk {V}"] = ranked(chunks, with_chunk, check)
         result[f"cublas {V}"] = {
-            "hidden weight^T": _median_ms(lambda h=hidden, w=weight: h @ w.T),
-            "dlogits weight": _median_ms(lambda u=logits, w=weight: u @ w),
-            "dlogits^T hidden": _median_ms(lambda u=logits, h=hidden: u.T @ h),
+            "hidden weight^T": median_ms(lambda h=hidden, w=weight: h @ w.T),
+            "dlogits weight": median_ms(lambda u=logits, w=weight: u @ w),
+            "dlogits^T hidden": median_ms(lambda u=logits, h=hidden: u.T @ h),
         }
     return result
 
@@ -183,10 +161,10 @@ def tune_int6_linear() -> dict:
     for name, weight in weights.items():
         for M in (16, 32, 64):
             x = _normal(M, 512)
-            result[f"{name} {M}"] = _ranked(
+            result[f"{name} {M}"] = ranked(
                 _int6_tiles(M),
                 lambda t, x=x, w=weight: lambda: int6.forward(x, w.packed, w.scale, None, t),
-                _close(x @ weight.dequantize(x.dtype).T),
+                close(x @ weight.dequantize(x.dtype).T),
             )
     weight = weights["linear"]
     for M in (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256):
@@ -201,7 +179,7 @@ def tune_int6_linear() -> dict:
         able = [
             way for way in calls if way != "cuda" or not int6_gpu.why_not_cuda(x, weight.packed, weight.scale, None)
         ]
-        ways[M] = {way: round(_median_ms(calls[way]), 5) for way in able}
+        ways[M] = {way: round(median_ms(calls[way]), 5) for way in able}
     return result | {"borders 0": [{"config": borders(ways), "ms": 0.0, "measured": ways}]}
 
 
@@ -213,48 +191,69 @@ def borders(ways: dict[int, dict[str, float]]) -> int6_gpu.Borders:
     return int6_gpu.Borders(cuda=max(cuda, default=0), triton=max(small, default=0))
 
 
+SLOT_TILES = {
+    "sweep": [slot_rows.SweepTile(*t) for t in itertools.product((1024, 2048, 4096, 8192), (64, 128), (4, 8, 16))],
+    "project": [slot_rows.WeightTile(*t) for t in itertools.product((8, 16, 32), (64, 128, 256), (2, 4, 8))],
+    "reduce": [slot_rows.RowsTile(*t) for t in itertools.product((64, 128, 256), (1, 2, 4))],
+    "add_rows": [slot_rows.DepthTile(*t) for t in itertools.product((64, 128, 256), (2, 4, 8))],
+    "descend": [slot_rows.WeightTile(*t) for t in itertools.product((16, 32, 64), (32, 64, 128), (2, 4, 8))],
+}
+
+
+def tune_slot() -> dict:
+    """Each kernel of a step, by the time of whole fits through the norm; the sweep at two sizes of the vocabulary."""
+    result = {}
+    for V in (4096, 8192):
+        hidden, weight = _normal(8, 2048, D), _normal(V, D, scale=D**-0.5)
+        targets, mask = torch.randint(V, (8, 2048), device=DEVICE), torch.ones(8, 2048, device=DEVICE)
+        options = {"norm": "before", "parameters": "both", "optimizer": AdamW(lr=0.01), "steps": 4, "impl": "triton"}
+
+        def fit(tensors=(hidden, weight, targets, mask), options=options):
+            found = slot_fit(*tensors, num_rows=[2048] * 8, **options)
+            return torch.cat([found.delta, found.bias], 1)
+
+        want = fit()
+        for kernel, candidates in SLOT_TILES.items():
+            if kernel == "sweep" or V == 4096:
+                result[f"slot {kernel} {V}"] = ranked(candidates, with_tile_of("slot", kernel, fit), close(want))
+    return result
+
+
+def tune_optim() -> dict:
+    """The passes over 22 matrices of 512 x 1536. With lr and momentum 0 they change nothing but read and write all."""
+    params = [[torch.randn(22, 512, 1536, device=DEVICE)]]
+    (p,), grads = params[0], [[_normal(22, 512, 1536)]]
+    buffers, averages = [[torch.zeros_like(p)]], Averages("tune", [p], {p: p.clone()}, 0.99)
+    moments = [[torch.zeros_like(p)], [torch.zeros_like(p)]]
+    before, steps = p.clone(), [torch.ones((), device=DEVICE)]
+
+    def momentum():
+        return muon_passes.momentum_banks(grads, buffers, 0.0, True, torch.bfloat16)[0]
+
+    def update():
+        muon_passes.update_banks(params, grads[0], [1.0], 0.0, 0.0, averages)
+        return p
+
+    def adamw():
+        passed = ([p], [before], *moments, steps, [averages.of[p]])
+        adamw_pass.adamw_pass(*passed, 0.0, (0.9, 0.95), 1e-8, 0.0, 0.99)
+        return p
+
+    candidates = [multi_tensor.PassTile(*t) for t in itertools.product((1024, 2048, 4096, 8192), (4, 8))]
+    passes = {"momentum": (momentum, grads[0][0]), "update": (update, before), "adamw": (adamw, before)}
+    return {
+        f"optim {name} 0": ranked(candidates, with_tile_of("optim", name, call), close(want))
+        for name, (call, want) in passes.items()
+    }
+
+
 TUNERS = {
     "leaky_relu2_mlp": tune_leaky_relu2_mlp,
     "softcapped_cross_entropy": tune_softcapped_cross_entropy,
     "int6_linear": tune_int6_linear,
+    "slot": tune_slot,
+    "optim": tune_optim,
 }
-
-
-# What a result is called, and the rows of a table it becomes: op, kernel, name of the size's bound, other bounds.
-_TABLE = {
-    "up": ("leaky_relu2_mlp", "up", "max_hidden", {}),
-    "dp": ("leaky_relu2_mlp", "dp", "max_hidden", {}),
-    "row kernel": ("softcapped_cross_entropy", "row", "max_block", {}),
-    # Depths of other divisors have tails, and keep the shipped rows.
-    "linear": ("int6_linear", "linear", "max_rows", {"max_programs": 127, "min_divisor": 256}),
-    "wide linear": ("int6_linear", "linear", "max_rows", {"min_programs": 128, "min_divisor": 256}),
-    "borders": ("int6_linear", "borders", "max_size", {}),
-}
-
-
-def add_to_table(table: dict, what: str, rows: list[dict]) -> None:
-    """Enter the fastest candidate of "up 1536", say; results come in the order of their sizes."""
-    name, _, size = what.rpartition(" ")
-    if name not in _TABLE or "ms" not in rows[0]:
-        return
-    op, kernel, bound, others = _TABLE[name]
-    best = rows[0]["config"]
-    fields = best._asdict() if hasattr(best, "_asdict") else {"num_warps": best}
-    table.setdefault(op, {}).setdefault(kernel, []).append({bound: int(size)} | others | fields)
-
-
-def close_table(table: dict) -> None:
-    """The row of the largest size measured serves all beyond it, too: among those with the same other bounds."""
-    sizes = {(op, kernel): bound for op, kernel, bound, _ in _TABLE.values()}
-    for op, kernels in table.items():
-        for kernel, entries in kernels.items():
-            last = {}
-            for entry in entries:
-                others = {key: value for key, value in entry.items() if key[:4] in ("min_", "max_")}
-                others.pop(sizes[op, kernel], None)
-                last[tuple(others.items())] = entry
-            for entry in last.values():
-                entry.pop(sizes[op, kernel], None)
 
 
 def main() -> None:

@@ -13,13 +13,14 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 
 import torch
 
 from pgolf_kernels import tiles
 from pgolf_kernels.ops.newton_schulz import megakernel, op, triton_kernel
 from pgolf_kernels.ops.newton_schulz.plan import Tiles
-from pgolf_kernels.ops.newton_schulz.triton_kernel import Tile
+from pgolf_kernels.ops.newton_schulz.triton_kernel import NormTile, Tile
 
 BANKS = [(22, 512, 512), (22, 256, 512), (11, 512, 1536), (11, 1536, 512)]
 SHARDS = [(3, 512, 512), (3, 256, 512), (2, 512, 1536)]  # a rank's share of eight
@@ -36,6 +37,15 @@ def candidates(blocks: list[tuple[int, int]]) -> Iterator[Tile]:
         fits = 2 * stages * k * (m + n) <= 227 * 1024 and m * n <= 4096 * warps
         if fits and not (m * n <= 4096 and warps == 8):
             yield Tile(m, n, k, warps, stages)
+
+
+NORM_TILES = [NormTile(*t) for t in itertools.product((2, 4, 8), (256, 512, 1024), (4, 8))]
+
+
+def normalization(shape: tuple[int, int, int]) -> Callable[[NormTile], object]:
+    """call(tile) of the two kernels that divide a bank of this shape by its norms."""
+    g = torch.randn(shape, device="cuda").bfloat16()
+    return lambda tile: triton_kernel.normalized(g, True, 1e-7, torch.float16, tile)
 
 
 def products(shape: tuple[int, int, int]) -> Iterator[tuple[str, list, Callable[[Tile | None], object]]]:
@@ -103,22 +113,33 @@ def graph_ms(call: Callable[[], object], flush: torch.Tensor | None, rounds: int
     return statistics.median(times)
 
 
-def table_rows(products_ms: dict[tuple[str, int], dict[Tile, list[float]]], launches: dict[str, Tiles]) -> dict:
+def table_rows(
+    products_ms: dict[tuple[str, int], dict[Tile, list[float]]],
+    launches: dict[str, Tiles],
+    norms_ms: dict[NormTile, list[float]],
+) -> dict:
     """{kernel: rows} of a table of tiles.
 
     Args:
         products_ms: (kernel, short side) -> tile -> times in every bank and product of that size; the least sum wins.
         launches: a key of LAUNCHES -> the megakernel's best tiles.
+        norms_ms: tile of the normalisation -> times in every bank.
     """
-    rows: dict[str, list[dict]] = {"symmetric": [], "apply": [], "megakernel": []}
-    for (kernel, size), timed in sorted(products_ms.items()):
+    rows: dict[str, list[dict]] = {"symmetric": [], "apply": [], "megakernel": [], "normalize": []}
+
+    def fastest(timed: dict) -> NamedTuple:
         most = max(map(len, timed.values()))  # a candidate that could not run everywhere is none
-        best = min((tile for tile in timed if len(timed[tile]) == most), key=lambda tile: math.fsum(timed[tile]))
+        return min((tile for tile in timed if len(timed[tile]) == most), key=lambda tile: math.fsum(timed[tile]))
+
+    for (kernel, size), timed in sorted(products_ms.items()):
+        best = fastest(timed)
         sides = (best.block_m, best.block_n) if kernel == "apply" else (best.block_m,)
         rows[kernel].append({"max_size": size, "min_divisor": max(sides)} | best._asdict())
     for name, bound in (("all banks", {"min_programs": 264}), ("share", {})):
         if name in launches:
             rows["megakernel"].append(bound | {"min_divisor": 128} | launches[name]._asdict())
+    if norms_ms:
+        rows["normalize"].append(fastest(norms_ms)._asdict())
     return {kernel: found for kernel, found in rows.items() if found}
 
 
@@ -130,12 +151,16 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA GPU")
-    products_ms, launches = {}, {}
+    products_ms, launches, norms_ms = {}, {}, {}
     with ProcessPoolExecutor(min(12, os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_tile, set(candidates(OBLONG)), chunksize=1))
         list(pool.map(compile_launch, launch_candidates(), chunksize=1))
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
     for shape in (*BANKS, *SHARDS):
+        normalize = normalization(shape)
+        for tile in NORM_TILES:
+            if (ms := graph_ms(lambda c=normalize, t=tile: c(t), flush)) is not None:
+                norms_ms.setdefault(tile, []).append(ms)
         for name, blocks, call in products(shape):
             timed = [(graph_ms(lambda c=call, t=tile: c(t), flush), tile) for tile in candidates(blocks)]
             timed = sorted((ms, tile) for ms, tile in timed if ms is not None)
@@ -157,7 +182,7 @@ def main() -> None:
     if options.write:
         path = tiles.own_file(tiles.gpu(torch.device("cuda", 0)))
         before = tiles.read(path) if path.exists() else {}
-        tiles.write(path, before | {"newton_schulz": table_rows(products_ms, launches)})
+        tiles.write(path, before | {"newton_schulz": table_rows(products_ms, launches, norms_ms)})
         print(f"wrote {path}", flush=True)
 
 

@@ -59,6 +59,13 @@ def aligned(values: Sequence[int]) -> bool:
     return not any(value % ALIGNMENT for value in values)
 
 
+class PassTile(NamedTuple):
+    """Of a pass over tensors: elements of a piece (16 a thread or less keep every load ahead of the first use)."""
+
+    size: int
+    num_warps: int
+
+
 class Pieces(NamedTuple):
     """A list of tensors cut into pieces of `size` elements, one per program; no piece holds two tensors.
 

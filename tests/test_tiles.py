@@ -8,12 +8,16 @@ import pytest
 import torch
 
 pytest.importorskip("triton")  # the tuner imports the kernels
-from benchmarks.tune import add_to_table, borders, close_table
+from benchmarks.tune import borders
 from benchmarks.tune_newton_schulz import table_rows
+from benchmarks.tuning import add_to_table, close_table, taking
 from pgolf_kernels import tiles
+from pgolf_kernels.multi_tensor import PassTile
 from pgolf_kernels.ops.int6_linear import gpu as int6_gpu
 from pgolf_kernels.ops.int6_linear import triton_kernel as int6
 from pgolf_kernels.ops.newton_schulz import plan, triton_kernel
+from pgolf_kernels.ops.slot import triton_rows
+from pgolf_kernels.ops.softcapped_cross_entropy.triton_kernel import RowTile
 from pgolf_kernels.tiles import HOPPER, Gpu
 
 
@@ -100,8 +104,10 @@ def test_the_tuner_writes_what_the_kernels_read(own):
     found = {}
     add_to_table(found, "up 1536", [{"config": Pair(64, 4), "ms": 1.0}, {"config": Pair(128, 4), "ms": 2.0}])
     add_to_table(found, "up 2048", [{"config": Pair(128, 8), "ms": 1.0}])
-    add_to_table(found, "row kernel 1024", [{"config": 2, "ms": 1.0}])
-    add_to_table(found, "row kernel 4096", [{"config": 4, "failed": "wrong result"}])  # none of them ran
+    add_to_table(found, "row kernel 1024", [{"config": RowTile(1024, 2), "ms": 1.0}])
+    add_to_table(found, "row kernel 4096", [{"config": RowTile(4096, 4), "failed": "wrong result"}])  # none ran
+    add_to_table(found, "slot reduce 4096", [{"config": triton_rows.RowsTile(64, 2), "ms": 1.0}])
+    add_to_table(found, "optim adamw 0", [{"config": PassTile(1024, 4), "ms": 1.0}])
     add_to_table(found, "cublas 1536", {"x w_up^T": 1.0})
     close_table(found)
     path = tiles.own_file(HOPPER)
@@ -109,7 +115,17 @@ def test_the_tuner_writes_what_the_kernels_read(own):
     assert tiles.read(path) == found
     assert tiles.tile(HOPPER, "leaky_relu2_mlp", "up", Pair, hidden=1000) == Pair(64, 4)
     assert tiles.tile(HOPPER, "leaky_relu2_mlp", "up", Pair, hidden=9999) == Pair(128, 8)
-    assert found["softcapped_cross_entropy"]["row"] == [{"num_warps": 2}]
+    assert found["softcapped_cross_entropy"]["row"] == [{"block": 1024, "num_warps": 2}]
+    assert tiles.tile(HOPPER, "slot", "reduce", triton_rows.RowsTile) == (64, 2)
+    assert tiles.tile(HOPPER, "optim", "adamw", PassTile) == (1024, 4)
+
+
+def test_a_candidate_takes_the_place_of_the_tables_tile():
+    before = tiles.tile(HOPPER, "optim", "adamw", PassTile)
+    with taking("optim", "adamw", PassTile(64, 1)):
+        assert tiles.tile(HOPPER, "optim", "adamw", PassTile) == (64, 1)
+        assert tiles.tile(HOPPER, "optim", "update", PassTile) != (64, 1)
+    assert tiles.tile(HOPPER, "optim", "adamw", PassTile) == before
 
 
 def test_the_tuner_writes_int6s_tiles_and_borders(own):
@@ -139,10 +155,12 @@ def test_the_tuner_writes_newton_schulzs_tiles(own):
     a, b, failed = (triton_kernel.Tile(side, side, 64, 4, 3) for side in (64, 128, 256))
     times = {a: [3.0, 1.0], b: [1.0, 2.0], failed: [0.5]}
     launch = plan.Tiles(128, 64, 128, 64, 8, 2, 128)
-    found = table_rows({("symmetric", 512): times, ("apply", 512): times}, {"all banks": launch})
-    assert found.keys() == {"symmetric", "apply", "megakernel"}
+    norms = {triton_kernel.NormTile(2, 256, 4): [1.0, 3.0], triton_kernel.NormTile(4, 512, 8): [2.0, 1.0]}
+    found = table_rows({("symmetric", 512): times, ("apply", 512): times}, {"all banks": launch}, norms)
+    assert found.keys() == {"symmetric", "apply", "megakernel", "normalize"}
     tiles.write(tiles.own_file(HOPPER), {"newton_schulz": found})
     cpu = torch.device("cpu")
+    assert triton_kernel.norm_tile(cpu) == (4, 512, 8)
     assert triton_kernel.symmetric_tile(cpu, 22, 512) == triton_kernel.apply_tile(cpu, 22, 512, 512) == b
     assert triton_kernel.symmetric_tile(cpu, 22, 192).block_m == 64  # which tiles of 128 do not divide
     assert plan.choose_tiles(HOPPER, (plan.Bank(22, 512, 1536, ()), plan.Bank(22, 512, 512, ()))) == launch

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..multi_tensor import TL_DTYPES, address_table, aligned, follow, locate, number, pieces, pointer
-
-SIZE, NUM_WARPS = 2048, 8
+from .. import tiles
+from ..multi_tensor import TL_DTYPES, PassTile, address_table, aligned, follow, locate, number, pieces, pointer
 
 
 @triton.jit
@@ -84,7 +83,8 @@ def adamw_pass(
     vectors = [t.data_ptr() for t in (*params, *grads, *exp_avgs, *exp_avg_sqs, *averages)]
     numels = tuple(p.numel() for p in params)
     device = params[0].device
-    sizes = pieces(numels, (0,) * len(numels), SIZE, device)
+    tile = tiles.tile(tiles.gpu(device), "optim", "adamw", PassTile)
+    sizes = pieces(numels, (0,) * len(numels), tile.size, device)
     with torch.cuda.device_of(params[0]):
         adamw_kernel[(sizes.total,)](
             address_table(addresses, device),
@@ -102,5 +102,5 @@ def adamw_pass(
             A_DTYPE=TL_DTYPES[(averages or params)[0].dtype],
             AVERAGE=bool(averages),
             ALIGNED=sizes.aligned and aligned(vectors),
-            num_warps=NUM_WARPS,
+            num_warps=tile.num_warps,
         )

@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tiles
 from ..multi_tensor import (
     ALIGNMENT,
     TL_DTYPES,
+    PassTile,
     address_table,
     aligned,
     constants,
@@ -27,8 +29,6 @@ from ..multi_tensor import (
     pointer,
 )
 from .averages import Averages
-
-SIZE, NUM_WARPS = 4096, 8  # elements of a piece; 16 a thread, so that every load is issued before the first is needed
 
 
 @triton.jit
@@ -114,7 +114,8 @@ def momentum_banks(
             start += g.numel()
     for (device, g_dtype), entries in together.items():
         gs, ms, offsets = zip(*entries, strict=True)
-        sizes = pieces(tuple(g.numel() for g in gs), offsets, SIZE, device)
+        tile = tiles.tile(tiles.gpu(device), "optim", "momentum", PassTile)
+        sizes = pieces(tuple(g.numel() for g in gs), offsets, tile.size, device)
         addresses = [t.data_ptr() for t in (*gs, *ms)]
         with torch.cuda.device_of(packed[device]):
             momentum_kernel[(sizes.total,)](
@@ -126,7 +127,7 @@ def momentum_banks(
                 ON_DEVICE=isinstance(momentum, Tensor),
                 G_DTYPE=TL_DTYPES[g_dtype],
                 ALIGNED=sizes.aligned and aligned(addresses),
-                num_warps=NUM_WARPS,
+                num_warps=tile.num_warps,
             )
     shapes = [(-1, *bank[0].shape[-2:]) for bank in grads]
     slices = (packed[device][start : start + numel] for device, start, numel in banks)
@@ -154,7 +155,8 @@ def update_banks(
             address += p.numel() * o.element_size()
     for (device, p_dtype, o_dtype, a_dtype), entries in together.items():
         ps, some_orthogonal, some_scales = zip(*entries, strict=True)
-        sizes = pieces(tuple(p.numel() for p in ps), (0,) * len(ps), SIZE, device)
+        tile = tiles.tile(tiles.gpu(device), "optim", "update", PassTile)
+        sizes = pieces(tuple(p.numel() for p in ps), (0,) * len(ps), tile.size, device)
         addresses = [*(p.data_ptr() for p in ps), *some_orthogonal]
         if a_dtype is not None:
             addresses += [averages.of[p].data_ptr() for p in ps]
@@ -172,5 +174,5 @@ def update_banks(
                 A_DTYPE=TL_DTYPES[a_dtype or p_dtype],
                 AVERAGE=a_dtype is not None,
                 ALIGNED=sizes.aligned and aligned(addresses),
-                num_warps=NUM_WARPS,
+                num_warps=tile.num_warps,
             )

@@ -8,6 +8,7 @@ import torch
 from numerics import DEVICES, assert_as_accurate, forward_and_grads
 from triton_cpu import record_ops  # under TRITON_INTERPRET=1 importing this module makes bfloat16 right
 
+from pgolf_kernels import tiles
 from pgolf_kernels.dispatch import TRITON_INTERPRETED
 from pgolf_kernels.ops.softcapped_cross_entropy import op, reference, softcapped_cross_entropy
 
@@ -243,12 +244,12 @@ def test_errors_say_what_and_why():
 @needs_triton
 @pytest.mark.parametrize("device", TRITON_DEVICES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("max_block", [8192, 128])  # a row in one block; a row in several, with a tail
-def test_triton_in_chunks(device, reduction, max_block, monkeypatch, nan_filled_memory):
+@pytest.mark.parametrize("block", [8192, 128])  # a row in one block; a row in several, with a tail
+def test_triton_in_chunks(device, reduction, block, monkeypatch, nan_filled_memory):
     """A chunk of 128 rows and a tail, which real sizes take beyond KEPT_LOGITS, and rows longer than a block."""
     from pgolf_kernels.ops.softcapped_cross_entropy import triton_kernel
 
-    monkeypatch.setattr(triton_kernel, "MAX_BLOCK", max_block)
+    monkeypatch.setattr(tiles, "tile", lambda *_args, **_facts: triton_kernel.RowTile(block, 4))
     monkeypatch.setattr(op, "KEPT_LOGITS", 0)
     monkeypatch.setattr(op, "CHUNK_LOGITS", 1)
     tensors = inputs(((140,), 24, 301), device, torch.bfloat16)

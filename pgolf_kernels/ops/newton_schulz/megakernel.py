@@ -33,7 +33,6 @@ from .plan import COLUMNS, Bank, Tiles
 from .products import apply_product, frobenius_scale, row_squares, symmetric_product
 
 MAX_SHORT = 2048  # larger matrices gain nothing: there 20 launches are under a twentieth of a bank's arithmetic
-ROWS, COLS = triton_kernel.NORM_ROWS, triton_kernel.NORM_COLS
 COUNTER_STRIDE = 32  # int32 from one counter to the next: a cache line each
 _COLUMNS = tl.constexpr(COLUMNS)
 _NORMALIZE, _SYMMETRIC, _APPLY = (tl.constexpr(kind) for kind in (plan.NORMALIZE, plan.SYMMETRIC, plan.APPLY))
@@ -248,14 +247,15 @@ def _launch(
     """results[i] = Newton-Schulz of banks[i], all contiguous, [matrices, rows, cols], of one dtype each."""
     device = banks[0].device
     tiles = tiles or plan.choose_tiles(gpu(device), shapes)
-    made = plan.make(shapes, tiles, ROWS, device)
+    norm = triton_kernel.norm_tile(device)
+    made = plan.make(shapes, tiles, norm.rows, device)
     sums = torch.empty(made.num_sums, dtype=torch.float32, device=device)
     work = torch.empty(made.num_elements, dtype=inner, device=device)
     counters = torch.empty((1 + made.num_matrices) * COUNTER_STRIDE, dtype=torch.int32, device=device)
     addresses = [t.data_ptr() for t in (*banks, *results)]
     even = aligned(addresses) and aligned([bank.cols for bank in shapes])
     table = address_table(addresses, device)
-    row_blocks = sum(-(-bank.matrices * bank.rows // ROWS) for bank in shapes)
+    row_blocks = sum(-(-bank.matrices * bank.rows // norm.rows) for bank in shapes)
     bank_row_squares_kernel[(row_blocks,)](
         table,
         sums,
@@ -266,8 +266,9 @@ def _launch(
         G_DTYPE=TL_DTYPES[banks[0].dtype],
         ALIGNED=even,
         PADDED=triton.next_power_of_2(len(banks)),
-        ROWS=ROWS,
-        COLS=COLS,
+        ROWS=norm.rows,
+        COLS=norm.cols,
+        num_warps=norm.num_warps,
     )
     mega_kernel[(len(made.items),)](
         table,
@@ -288,7 +289,7 @@ def _launch(
         APPLY_M=tiles.apply_m,
         APPLY_N=tiles.apply_n,
         BLOCK_K=tiles.block_k,
-        SUM_COLS=COLS,
+        SUM_COLS=norm.cols,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         maxnreg=tiles.registers,

@@ -27,7 +27,6 @@ from .schedule import Steps, blocks_of, single_steps
 
 GRAM_FORM_RATIO = 2  # long / short from which the Gram form needs clearly less arithmetic
 SIDE = 64
-NORM_ROWS, NORM_COLS = 4, 512  # tile of the two normalisation kernels
 
 
 @triton.jit
@@ -188,6 +187,19 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class NormTile(NamedTuple):
+    """Rows of a program and columns at a time in the two normalisation kernels."""
+
+    rows: int
+    cols: int
+    num_warps: int
+
+
+def norm_tile(device: torch.device) -> NormTile:
+    """The table's; the megakernel adds up squares with the same one, so that both give the same norms."""
+    return tiles.tile(tiles.gpu(device), "newton_schulz", "normalize", NormTile)
+
+
 def symmetric_tile(device: torch.device, matrices: int, size: int) -> Tile:
     """The table's, by size, the power of 2 (to 256) in it, and the programs that 128-wide tiles would make.
 
@@ -216,16 +228,17 @@ def _count(side: int, block: int) -> int:
     return side // block
 
 
-def _normalized(g: Tensor, row_normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
+def normalized(g: Tensor, row_normalize: bool, eps: float, dtype: torch.dtype, tile: NormTile | None = None) -> Tensor:
     """(matrices, rows, cols), any strides -> padded, contiguous, in dtype, Frobenius norms 1."""
+    tile = tile or norm_tile(g.device)
     matrices, rows, cols = g.shape
     padded_rows, padded_cols = (triton.cdiv(side, SIDE) * SIDE for side in (rows, cols))
     sums = torch.empty(matrices, rows, dtype=torch.float32, device=g.device)
     x = torch.empty(matrices, padded_rows, padded_cols, dtype=dtype, device=g.device)
-    row_squares_kernel[(triton.cdiv(rows, NORM_ROWS), matrices)](
-        g, sums, rows, cols, *g.stride(), ROWS=NORM_ROWS, COLS=NORM_COLS
+    row_squares_kernel[(triton.cdiv(rows, tile.rows), matrices)](
+        g, sums, rows, cols, *g.stride(), ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps
     )
-    normalize_kernel[(padded_rows // NORM_ROWS, matrices)](
+    normalize_kernel[(triton.cdiv(padded_rows, tile.rows), matrices)](
         g,
         sums,
         x,
@@ -236,8 +249,9 @@ def _normalized(g: Tensor, row_normalize: bool, eps: float, dtype: torch.dtype) 
         padded_cols,
         *g.stride(),
         ROW_NORMALIZE=row_normalize,
-        ROWS=NORM_ROWS,
-        COLS=NORM_COLS,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        num_warps=tile.num_warps,
     )
     return x
 
@@ -348,7 +362,7 @@ def forward(
     *_, m, n = g.shape
     blocks, inner = blocks_and_format(m, n, coefficients, dtype, plain)
     with torch.cuda.device_of(g):
-        x = _normalized(g.reshape(-1, m, n), row_normalize, eps, inner)
+        x = normalized(g.reshape(-1, m, n), row_normalize, eps, inner)
         short_dim = 1 if m <= n else 2
         result = torch.empty(len(x), m, n, dtype=dtype, device=g.device)
         for index, block in enumerate(blocks):

@@ -13,14 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cuda_kernel import products
 from .problem import Fit, Score, window_stride
 from .reference import RMS_EPS
-
-MAX_VOCAB = 8192  # a row stays in registers
-SEGMENT = 32  # rows
-TILE = 4096  # logits of a program at a time: 16 of a thread's, in five arrays
-LARGEST_PLAIN_CAP = 60.0  # up to here sums of exp(l) over a vocabulary need no maximum in float32
+from .triton_rows import SEGMENT, Rows
 
 
 @triton.jit
@@ -240,68 +235,9 @@ def slot_score_kernel(hidden, logits, stride, target, segment_window, first_segm
     tl.store(nll + at, tl.log(tl.sum(e, 1)) + scale * (largest - u_y), mask=inside)
 
 
-class _Rows:
-    """The rows that take part, gathered and multiplied with the head; tables of the layout on the device."""
-
-    def __init__(self, p: Fit | Score) -> None:
-        self.p, self.weight, device = p, p.weight.contiguous(), p.hidden.device
-        B, T, D = p.hidden.shape
-        V, scored = len(self.weight), isinstance(p, Score)
-        self.room = p.num_rows if p.told is None else p.told
-        keep = p.rows if scored else p.weights > 0  # [B, T]
-        self.found = keep.sum(1)
-        wild = keep & ((p.targets < 0) | (p.targets >= V))
-        if all(n == self.room[0] for n in self.room):  # no copy from the host: a graph may hold this
-            room = torch.full((B,), self.room[0], device=device)
-        else:
-            room = torch.tensor(self.room).to(device, non_blocking=True)
-        self.impossible = wild.any(1) | (self.found > room)
-        if not scored:
-            self.impossible |= ~((p.mask >= 0) & (p.mask < torch.inf)).all(1)
-        num_segments = [-(-n // SEGMENT) for n in self.room]
-        self.S = sum(num_segments)
-        ends = (room + SEGMENT - 1).div(SEGMENT, rounding_mode="floor").cumsum(0)
-        self.first_segment = torch.nn.functional.pad(ends, (1, 0))  # [B + 1]
-        self.first_output = torch.nn.functional.pad(room.cumsum(0), (1, 0))
-        segments = torch.arange(self.S, device=device)
-        self.segment_window = torch.searchsorted(ends, segments, right=True)  # [S]
-
-        rows = torch.arange(self.S * SEGMENT, device=device)
-        window = self.segment_window.repeat_interleave(SEGMENT, output_size=len(rows))
-        local = rows - self.first_segment[window] * SEGMENT
-        order = keep.logical_not().sort(dim=1, stable=True).indices  # the rows that take part, then the others
-        at = window * T + order[window, local.clamp(max=T - 1)]
-        self.target = p.targets.flatten()[at].clamp(0, V - 1)
-        self.row_weight = None if scored else p.weights.flatten()[at].where(local < self.found[window], 0.0)
-        first_row = [0]
-        for n in num_segments:
-            first_row.append(first_row[-1] + n * SEGMENT)
-        groups = products(first_row, V)
-        size = max((first + count for _, _, first, count in groups), default=0)
-        self.hidden = p.hidden.new_empty(size, D)
-        torch.index_select(p.hidden.reshape(-1, D), 0, at, out=self.hidden[: len(at)])
-        self.logits = p.hidden.new_empty(size, -(-V // 8) * 8)
-        for _, _, first, count in groups:
-            torch.mm(self.hidden[first : first + count], self.weight.T, out=self.logits[first : first + count, :V])
-
-    def options(self) -> dict:
-        """What the sweep and the scores share."""
-        p, block = self.p, max(16, triton.next_power_of_2(len(self.weight)))
-        return {
-            "BEFORE": p.norm == "before",
-            "CAPPED": p.softcap is not None,
-            "PLAIN": p.softcap is not None and p.softcap <= LARGEST_PLAIN_CAP,
-            "SEGMENT": SEGMENT,
-            "ROWS": max(1, min(SEGMENT, TILE // block)),
-            "BLOCK_V": block,
-            "BLOCK_D": 64,
-            "num_warps": 16 if block > TILE else 8,
-        }
-
-
 def fit(p: Fit) -> tuple[Tensor, Tensor]:
     """Return the parameters [G, P] and the losses [steps, G], as reference.fit does."""
-    x, gathered = p.start, _Rows(p)
+    x, gathered = p.start, Rows(p)
     (G, P), (V, D), S, before = x.shape, p.weight.shape, gathered.S, p.norm == "before"
     delta, bias = p.parameters != "bias", p.parameters != "delta"
     losses, first = x.new_zeros(p.steps, G), gathered.first_segment
@@ -323,7 +259,7 @@ def fit(p: Fit) -> tuple[Tensor, Tensor]:
         loss_partial = empty(S, dtype=torch.float64)
         layout = gathered.segment_window, first, gathered.found
         inputs = gathered.hidden, gathered.logits, gathered.logits.stride(0), gathered.target, gathered.row_weight
-        (beta1, beta2), o = p.optimizer.betas, p.optimizer
+        (beta1, beta2), o, t = p.optimizer.betas, p.optimizer, gathered.tiles
         power1 = power2 = 1.0
         with torch.cuda.device_of(x):
             for k, lr in enumerate(o.learning_rates(p.steps)):
@@ -331,34 +267,36 @@ def fit(p: Fit) -> tuple[Tensor, Tensor]:
                 step = (beta1, beta2, 1 - beta1, 1 - beta2, 1 - lr * o.weight_decay)
                 step += (lr / (1 - power1), 1 / (1 - power2), o.eps)
                 if delta:
-                    slot_project_kernel[triton.cdiv(V, 16), G](
-                        gathered.weight, x, P, bias_at, bias_stride, shift, V, D, BIAS=bias and not before, BLOCK_V=16,
-                        BLOCK_D=128,
+                    slot_project_kernel[triton.cdiv(V, t.project.block_v), G](
+                        gathered.weight, x, P, bias_at, bias_stride, shift, V, D, BIAS=bias and not before,
+                        BLOCK_V=t.project.block_v, BLOCK_D=t.project.block_d, num_warps=t.project.num_warps,
                     )  # fmt: skip
                 slot_sweep_kernel[S,](
                     *inputs, *layout, shift, shift_stride, bias_at, bias_stride, delta_at, delta_stride, partial,
                     bias_partial, slope, loss_partial, V, D, p.softcap or 1.0, RMS_EPS, SHARED=p.shared, **options,
                 )  # fmt: skip
-                slot_reduce_kernel[G, triton.cdiv(V, 128)](
+                slot_reduce_kernel[G, triton.cdiv(V, t.reduce.block_v)](
                     partial, bias_partial, loss_partial, group_first, group_last, alive, sums, losses[k], x, moments,
-                    G * P, P, P - V, *step, V, SUMS=delta, BIAS=bias, BLOCK=128,
+                    G * P, P, P - V, *step, V, SUMS=delta, BIAS=bias, BLOCK=t.reduce.block_v,
+                    num_warps=t.reduce.num_warps,
                 )  # fmt: skip
                 if delta and before:
-                    slot_add_rows_kernel[S, triton.cdiv(D, 128)](
+                    slot_add_rows_kernel[S, triton.cdiv(D, t.add_rows.block_d)](
                         gathered.hidden, slope, *layout, x, P, row_partial, D, SHARED=p.shared, SEGMENT=SEGMENT,
-                        BLOCK_D=128,
+                        BLOCK_D=t.add_rows.block_d, num_warps=t.add_rows.num_warps,
                     )  # fmt: skip
                 if delta:
-                    slot_descend_kernel[G, triton.cdiv(D, 64)](
+                    slot_descend_kernel[G, triton.cdiv(D, t.descend.block_d)](
                         gathered.weight, sums, row_partial, group_first, group_last, alive, x, moments, G * P, P, *step,
-                        V, D, BEFORE=before, BLOCK_V=32, BLOCK_D=64,
+                        V, D, BEFORE=before, BLOCK_V=t.descend.block_v, BLOCK_D=t.descend.block_d,
+                        num_warps=t.descend.num_warps,
                     )  # fmt: skip
     return x.masked_fill_(impossible[:, None], torch.nan), losses.masked_fill_(impossible, torch.nan)
 
 
 def score(p: Score) -> Tensor:
     """Return the negative log-likelihoods, as reference.score does."""
-    gathered, (V, D) = _Rows(p), p.weight.shape
+    gathered, (V, D) = Rows(p), p.weight.shape
     nll = torch.full((sum(gathered.room),), torch.nan, device=p.hidden.device)
     none = torch.zeros(max(V, D), device=p.hidden.device)
     delta, bias = (none if v is None else v.contiguous() for v in (p.delta, p.bias))
@@ -368,9 +306,11 @@ def score(p: Score) -> Tensor:
         with torch.cuda.device_of(nll):
             if p.delta is not None:
                 shift, shift_stride = delta.new_empty(len(delta), V), V if len(delta) > 1 else 0
-                slot_project_kernel[triton.cdiv(V, 16), len(delta)](
-                    gathered.weight, delta, D, none, 0, shift, V, D, BIAS=False, BLOCK_V=16, BLOCK_D=128
-                )
+                t = gathered.tiles.project
+                slot_project_kernel[triton.cdiv(V, t.block_v), len(delta)](
+                    gathered.weight, delta, D, none, 0, shift, V, D, BIAS=False, BLOCK_V=t.block_v, BLOCK_D=t.block_d,
+                    num_warps=t.num_warps,
+                )  # fmt: skip
             slot_score_kernel[gathered.S, triton.cdiv(SEGMENT, options["ROWS"])](
                 gathered.hidden, gathered.logits, gathered.logits.stride(0), gathered.target, gathered.segment_window,
                 gathered.first_segment, gathered.found.where(~gathered.impossible, 0), shift, shift_stride, bias,

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ... import tiles
 
-MAX_BLOCK = 8192  # a row up to this many logits stays in registers; longer ones are read twice, the second time from L2
-
 
 class RowTile(NamedTuple):
+    """A row of up to `block` logits stays in registers; a longer one is read twice, the second time from L2."""
+
+    block: int
     num_warps: int
 
 
@@ -91,14 +92,16 @@ def loss_and_grad(
     row_weight: Tensor | None,
     softcap: float,
     ignore_index: int,
-    num_warps: int | None = None,
+    tile: RowTile | None = None,
 ) -> None:
     """Fill losses [T]; with row_weight (one float32), overwrite logits [T, V] by the gradient times it.
 
     A row with an unknown target gets NaN in both; one with ignore_index gets 0 in both.
     """
     T, V = logits.shape
-    block, on = min(triton.next_power_of_2(V), MAX_BLOCK), tiles.gpu(logits.device)
+    columns, on = triton.next_power_of_2(V), tiles.gpu(logits.device)
+    tile = tile or tiles.tile(on, "softcapped_cross_entropy", "row", RowTile, columns=columns)
+    block = min(columns, tile.block)
     with torch.cuda.device_of(logits):
         softcapped_ce_kernel[(T,)](
             logits,
@@ -112,5 +115,5 @@ def loss_and_grad(
             GRAD=row_weight is not None,
             ONE_BLOCK=block >= V,
             BLOCK_V=block,
-            num_warps=num_warps or tiles.tile(on, "softcapped_cross_entropy", "row", RowTile, block=block).num_warps,
+            num_warps=tile.num_warps,
         )
