@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import numbers
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -93,6 +94,7 @@ def choose(op: str, impls: tuple[Impl, ...], name: str, *args) -> Impl:
     skipped = []
     # Nobody expects a GPU kernel on a CPU, or the reverse: such a refusal is no reason to warn.
     flat = [t for arg in args for t in (arg if isinstance(arg, list) else (arg,))]
+    flat = [t for t in flat if not isinstance(t, int | float)]  # a compiler may hold these as symbols
     on_gpu = any(getattr(getattr(t, "device", None), "type", None) == "cuda" for t in flat)
     elsewhere = ("cpu",) if on_gpu else ("cuda", "triton", "dequantize")
     for impl in impls:
@@ -120,6 +122,19 @@ def why_not_triton(*tensors: Tensor) -> str | None:
             return f"Triton kernels need non-empty tensors, got shape {tuple(t.shape)}"
         if not t.is_cuda and not TRITON_INTERPRETED:
             return f"Triton needs CUDA tensors, got {t.device}"
+    return None
+
+
+# What 32-bit numbers of programs, rows and columns hold, a tile beyond the last one included.
+MAX_COUNT = 2**31 - 2**16
+MAX_GRID_ROWS = 2**16 - 1  # programs along the second dimension of a grid
+
+
+def why_not_counted(limit: int = MAX_COUNT, **counts: int) -> str | None:
+    """None if none of these is beyond `limit`. Offsets in memory are 64 bits wide everywhere, and need no limit."""
+    for name, count in counts.items():
+        if count > limit:
+            return f"the kernels number {name.replace('_', ' ')} up to {limit}, got {count}"
     return None
 
 
@@ -166,6 +181,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype autocast asks for on a device; None where it is off, or unknown as on "meta"."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def require_tensors(op: str, **values: object) -> None:
+    """Raise ValueError unless all of them are tensors."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            require(False, op, f"{name} must be a tensor", type(value).__name__, "see torch.as_tensor")
+
+
+def require_numbers(op: str, **values: object) -> None:
+    """Raise ValueError unless all of them are numbers, of Python's or NumPy's types."""
+    for name, value in values.items():
+        if type(value) not in (int, float) and not isinstance(value, numbers.Real):
+            require(False, op, f"{name} must be a number", type(value).__name__)
 
 
 def require_one_device(op: str, **tensors: Tensor) -> None:

@@ -161,7 +161,7 @@ def cases(device, quick):
     """A bias, both places where delta can join, few rows, and L-BFGS, at the published vocabularies."""
     for B, T, D, V, dtype, name in _shapes(device, quick):
         form = FORMS[name]
-        hidden, weight = torch.empty(1, dtype=dtype, device=device), torch.empty(V, 1, device=device)
+        hidden, weight = torch.empty((), dtype=dtype, device=device).expand(B, T, D), torch.empty(V, 1, device=device)
         example = SimpleNamespace(hidden=hidden, weight=weight, optimizer=form.optimizer, device=hidden.device)
         able = [i.name for i in op.FIT_IMPLS if i.why_not(example) is None]
         able = able[:-1] or able

@@ -317,8 +317,8 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(extension, "cuda", fits_here)
     monkeypatch.setattr(extension, "WHY_NOT_CUDA", None)
     p = types.SimpleNamespace(
-        hidden=types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32), weight=torch.empty(8192, 0),
-        optimizer=LBFGS(history=129),
+        hidden=types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, shape=(1, 2, 3)),
+        weight=torch.empty(8192, 0), optimizer=LBFGS(history=129),
     )  # fmt: skip
     assert "keep at most 128 curvature pairs, got history=129" in cuda_kernel.why_not_fit(p)
     p.weight = torch.empty(8193, 0)

@@ -7,7 +7,7 @@ what the CPU can do, hence a kernel of our own there.
 import torch
 from torch import Tensor
 
-from ...dispatch import LIBRARY, Impl, always, choose, require, require_one_device
+from ...dispatch import LIBRARY, Impl, always, choose, require, require_one_device, require_tensors
 from . import cpu, reference
 
 LIBRARY.define("causal_attention_cpu(Tensor q, Tensor k, Tensor v, bool exclude_self) -> (Tensor, Tensor, Tensor)")
@@ -62,6 +62,7 @@ IMPLS = (  # fastest first; the last always runs
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    require_tensors("causal_attention", q=q, k=k, v=v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     require(
         q.dim() == k.dim() == v.dim() == 4, "causal_attention", "q, k and v must be (batch, tokens, heads, d)", shapes

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import extension, tiles
-from ...dispatch import autocast_dtype, self_check, why_not_triton
+from ...dispatch import autocast_dtype, self_check, why_not_counted, why_not_triton
 from . import cpu, reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/bindings_cuda.cpp has them
@@ -78,7 +78,7 @@ def why_not_tiles(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None)
         return f"the Triton kernel covers bfloat16 and float16, got {compute_dtype(x)}"
     if cpu.in_transform():
         return "the Triton kernel has no rule for forward-mode derivatives and torch.func's transforms"
-    return None
+    return why_not_counted(rows=x.numel() // x.shape[-1], features=max(x.shape[-1], scale.shape[0]))
 
 
 def why_not_dequantize(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> str | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, meant, record, require
+from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, meant, record, require, require_tensors
 from . import cpu, gpu, reference
 from .weight import Int6Weight
 
@@ -88,6 +88,8 @@ def _check(x: Tensor, weight: Int6Weight, bias: Tensor | None) -> None:
     """Raise ValueError if the arguments do not fit together. Messages are made only when one is needed."""
     if not isinstance(weight, Int6Weight):
         require(False, OP, "weight must be an Int6Weight", type(weight), "see quantize_int6")
+    if not isinstance(x, Tensor) or not isinstance(bias, Tensor | None):
+        require_tensors(OP, x=x, **({} if bias is None else {"bias": bias}))
     n, k = weight.shape
     if not (x.is_floating_point() and x.dim() > 0):
         require(False, OP, f"x must be a floating-point tensor [..., {k}]", _describe(x))

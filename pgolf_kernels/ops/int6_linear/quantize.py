@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...dispatch import require
+from ...dispatch import require, require_numbers, require_tensors
 from . import reference
 from .weight import Int6Weight
 
@@ -30,6 +30,7 @@ def quantize_int6(w: Tensor, clip: str | float = "search", floor: float | None =
     Source: openai/parameter-golf #1217 ("search"), #1394 (standard deviations).
     """
     op = "quantize_int6"
+    require_tensors(op, w=w)
     require(
         w.is_floating_point() and w.dim() == 2,
         op,
@@ -39,8 +40,10 @@ def quantize_int6(w: Tensor, clip: str | float = "search", floor: float | None =
     if isinstance(clip, str):
         require(clip in ("search", "max"), op, "clip must be 'search', 'max' or a number", repr(clip))
     else:
+        require_numbers(op, clip=clip)
         require(math.isfinite(clip) and clip > 0, op, "clip must be a finite number of deviations above 0", clip)
     floor = (1 / 31 if isinstance(clip, str) else 1e-10) if floor is None else floor
+    require_numbers(op, floor=floor)
     require(0 <= floor <= 65504, op, "floor must lie in 0..65504, the largest float16", floor)
     w = w.detach() if w.dtype == torch.float64 else w.detach().float()
     require(bool(w.isfinite().all()), op, "w must be finite", "NaN or infinity", "check the training run")

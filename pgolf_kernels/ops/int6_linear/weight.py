@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...dispatch import require
+from ...dispatch import require, require_tensors
 from . import reference
 
 _MAGIC, _VERSION = b"PGI6", 1
@@ -34,6 +34,7 @@ class Int6Weight:
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
+        require_tensors("Int6Weight", packed=self.packed, scale=self.scale)
         n, k = self.shape
         packed, scale = self.packed, self.scale
         must = f"packed must be a contiguous uint8 tensor [{n}, {3 * ((k + 3) // 4)}] for shape {(n, k)}"
@@ -46,6 +47,7 @@ class Int6Weight:
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor) -> "Int6Weight":
         """From int8 codes [N, K] in -31..31 and positive, finite float16 scales [N]."""
+        require_tensors("Int6Weight", codes=codes, scale=scale)
         ok = codes.dtype == torch.int8 and codes.dim() == 2
         require(ok, "Int6Weight", "codes must be int8 [N, K]", f"{codes.dtype} {tuple(codes.shape)}")
         if codes.numel():

@@ -16,8 +16,11 @@ from ...dispatch import (
     autocast_dtype,
     choose,
     require,
+    require_numbers,
     require_one_device,
+    require_tensors,
     self_check,
+    why_not_counted,
     why_not_triton,
 )
 from . import cpu, reference
@@ -34,7 +37,7 @@ def _why_not_triton(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: flo
         return reason
     if _compute_dtype(x) != torch.bfloat16:
         return f"the Triton kernels cover bfloat16 (the square and its root need its range), got {_compute_dtype(x)}"
-    return None
+    return why_not_counted(rows=x.numel() // x.shape[-1], features=max(w_up.shape))
 
 
 def _triton(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: float) -> Tensor:
@@ -182,6 +185,8 @@ def leaky_relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, negative_slope: flo
 
     Source: squared ReLU of https://arxiv.org/abs/2109.08668 with a leaky negative side.
     """
+    require_tensors(OP, x=x, w_up=w_up, w_down=w_down)
+    require_numbers(OP, negative_slope=negative_slope)
     is_float = x.dim() >= 1 and x.is_floating_point()
     require(is_float, OP, "x must be floating point [..., D]", _say(x))
     D = x.shape[-1]

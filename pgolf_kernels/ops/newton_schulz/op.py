@@ -9,7 +9,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...dispatch import ASK, LIBRARY, TRITON_INTERPRETED, Impl, always, choose, require, self_check, why_not_triton
+from ...dispatch import (
+    ASK,
+    LIBRARY,
+    MAX_GRID_ROWS,
+    TRITON_INTERPRETED,
+    Impl,
+    always,
+    choose,
+    require,
+    require_numbers,
+    require_tensors,
+    self_check,
+    why_not_counted,
+    why_not_triton,
+)
 from . import cpu, reference
 
 NAMED = {"quintic": reference.QUINTIC, "polar_express": reference.POLAR_EXPRESS}
@@ -32,7 +46,10 @@ def _why_not_triton(
         return "without a step there is nothing for the Triton kernels to do"
     if g.requires_grad and torch.is_grad_enabled():
         return "the Triton kernels have no backward, and g requires a gradient"
-    return None
+    rows, cols = g.shape[-2:]
+    if reason := why_not_counted(MAX_GRID_ROWS, matrices=g.numel() // (rows * cols)):
+        return reason
+    return why_not_counted(rows=rows, columns=cols)
 
 
 def _flat(coefficients: reference.Coefficients) -> list[float]:
@@ -197,6 +214,8 @@ def schedule(
             coefficients in NAMED, "newton_schulz", f"coefficients must be one of {list(NAMED)}", repr(coefficients)
         )
         triples = NAMED[coefficients]
+    elif not isinstance(coefficients, Sequence):
+        require(False, "newton_schulz", "coefficients must be a name or a list of triples (a, b, c)", coefficients)
     elif len(coefficients) == 3 and all(isinstance(value, int | float) for value in coefficients):
         triples = (tuple(coefficients),)  # one triple for every step, torch.optim.Muon's way
     else:
@@ -239,6 +258,8 @@ def newton_schulz(
 
     Source: https://kellerjordan.github.io/posts/muon
     """
+    require_tensors("newton_schulz", g=g)
+    require_numbers("newton_schulz", eps=eps)
     require(g.dim() >= 2, "newton_schulz", "g must be a matrix or a batch of matrices", f"shape {tuple(g.shape)}")
     require(g.dtype in DTYPES, "newton_schulz", "g must be floating point", g.dtype)
     dtype = dtype or g.dtype
@@ -273,7 +294,11 @@ def newton_schulz_banks(
     Raises:
         ValueError: as `newton_schulz`, or the banks differ in dtype or device.
     """
-    name, banks = "newton_schulz_banks", list(banks)
+    name = "newton_schulz_banks"
+    require(isinstance(banks, Sequence | Tensor), name, "banks must be a list of tensors", type(banks).__name__)
+    banks = list(banks)
+    require_tensors(name, **{f"banks[{i}]": g for i, g in enumerate(banks)})
+    require_numbers(name, eps=eps)
     if not banks:
         return []
     kinds = {(g.dtype, g.device) for g in banks}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
+from ...dispatch import MAX_GRID_ROWS, why_not_counted
 from .optimizers import LBFGS, AdamW
 from .problem import Fit, Score, address, check_facts, window_stride
 
@@ -37,7 +38,12 @@ def why_not(p: Fit | Score) -> str | None:
         return reason
     if len(p.weight) > extension.cuda.SLOT_MAX_VOCAB:
         return f"the CUDA kernels need a vocabulary of at most {extension.cuda.SLOT_MAX_VOCAB}, got {len(p.weight)}"
-    return None
+    B, T, D = p.hidden.shape  # a window's rows are padded to whole segments, of up to 64
+    return (
+        why_not_counted(rows=B * (T + 64))
+        or why_not_counted(8 * MAX_GRID_ROWS, windows=B)  # 8 or 32 of them at a time, in slot_update.cuh
+        or why_not_counted(32 * MAX_GRID_ROWS, features=D)
+    )
 
 
 def why_not_fit(p: Fit) -> str | None:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...dispatch import Impl, always, choose, why_not_triton
+from ...dispatch import MAX_GRID_ROWS, Impl, always, choose, why_not_counted, why_not_triton
 from . import cpu, cuda_kernel, reference
 from .optimizers import AdamW, Steered
 from .problem import Fit, Score, SlotFit, check_fit, check_score
@@ -25,7 +25,7 @@ def _why_not_triton(p: Fit | Score) -> str | None:
         return f"the Triton kernels need float32 or bfloat16, got {p.hidden.dtype}"
     if len(p.weight) > TRITON_MAX_VOCAB:
         return f"the Triton kernels need a vocabulary of at most {TRITON_MAX_VOCAB}, got {len(p.weight)}"
-    return None
+    return why_not_counted(MAX_GRID_ROWS, windows=len(p.hidden)) or why_not_counted(features=p.hidden.shape[2])
 
 
 def _why_not_triton_fit(p: Fit) -> str | None:

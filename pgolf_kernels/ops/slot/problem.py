@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...dispatch import require
+from ...dispatch import require, require_numbers, require_tensors
 from .optimizers import AdamW, HypergradientAdamW, Steered
 
 
@@ -167,6 +167,8 @@ def _check_model(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, rows:
     require(rows.shape == shape[:2], op, f"the row mask must have targets' shape {shape[:2]}", tuple(rows.shape))
     devices = {t.device for t in (hidden, weight, targets, rows)}
     require(len(devices) == 1, op, "all tensors must be on one device", sorted(map(str, devices)))
+    if softcap is not None:
+        require_numbers(op, softcap=softcap)
     require(
         softcap is None or (math.isfinite(softcap) and softcap > 0),
         op,
@@ -239,6 +241,7 @@ def _told(op: str, num_rows: Sequence[int] | None, shape: tuple[int, int]) -> li
     if num_rows is None:
         return None
     B, T = shape
+    require(isinstance(num_rows, Sequence), op, f"num_rows must be None or {B} ints", type(num_rows).__name__)
     told = list(num_rows)
     fits = len(told) == B and all(isinstance(n, int) and 0 <= n <= T for n in told)
     require(fits, op, f"num_rows must be None or {B} ints in [0, {T}]", told, "one for each window")
@@ -253,10 +256,14 @@ def _check_optimizer(optimizer: AdamW | Steered, share: str) -> None:
         "optimizer must be an AdamW, HypergradientAdamW or LBFGS of pgolf_kernels.ops.slot",
         type(optimizer).__name__,
     )
+    names = ("lr", "eps", "weight_decay", "max_iter", "history", "lr_min", "lr_max")
+    fields = {name: value for name in names if (value := getattr(optimizer, name, 0)) is not None or name != "lr_min"}
+    require_numbers(op, **{f"optimizer's {name}": value for name, value in fields.items()})
     require(math.isfinite(optimizer.lr) and optimizer.lr >= 0, op, "lr must be finite and >= 0", optimizer.lr)
     if isinstance(optimizer, AdamW | HypergradientAdamW):
         betas = optimizer.betas
-        require(len(betas) == 2 and all(0 <= b < 1 for b in betas), op, "betas must be two numbers in [0, 1)", betas)
+        two = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(b, int | float) for b in betas)
+        require(two and all(0 <= b < 1 for b in betas), op, "betas must be two numbers in [0, 1)", betas)
         require(optimizer.eps > 0, op, "eps must be > 0", optimizer.eps)
         require(optimizer.weight_decay >= 0, op, "weight_decay must be >= 0", optimizer.weight_decay)
     else:
@@ -278,6 +285,7 @@ def _initial(init: SlotFit | None, num_groups: int, sizes: dict[str, int], like:
     """init's parameters [G, P], its leading 1 repeated for every group."""
     if init is None:
         return None
+    require(isinstance(init, SlotFit), "slot_fit", "init must be a SlotFit, or None", type(init).__name__)
     dtype, parts = accumulate_dtype(like), []
     for name in ("delta", "bias"):
         given = getattr(init, name)
@@ -318,6 +326,7 @@ def check_fit(
 ):
     """Check slot_fit's arguments and return them as a Fit; values on a GPU are left to the implementation."""
     op = "slot_fit"
+    require_tensors(op, hidden=hidden, weight=weight, targets=targets, fit_mask=fit_mask)
     require(
         fit_mask.dtype == torch.bool or fit_mask.is_floating_point(),
         op,
@@ -370,6 +379,8 @@ def _fitted(fit: SlotFit | None, name: str, size: int, hidden: Tensor) -> Tensor
 def check_score(hidden, weight, targets, fit, softcap, norm, rows, num_rows=None) -> Score:
     """Check slot_score's arguments and return them as a Score; values on a GPU are left to the implementation."""
     op = "slot_score"
+    require_tensors(op, hidden=hidden, weight=weight, targets=targets, rows=rows)
+    require(isinstance(fit, SlotFit | None), op, "fit must be what slot_fit returned, or None", type(fit).__name__)
     require(rows.dtype == torch.bool, op, "rows must be a bool mask [B, T]", rows.dtype)
     _check_model(op, hidden, weight, targets, rows, softcap, norm)
     problem = Score(

@@ -20,7 +20,10 @@ from ...dispatch import (
     autocast_dtype,
     choose,
     require,
+    require_numbers,
     require_one_device,
+    require_tensors,
+    why_not_counted,
     why_not_triton,
 )
 from . import cpu, reference
@@ -44,7 +47,7 @@ def _why_not_triton(
         return f"the Triton kernel covers bfloat16 (a mean's gradient needs its range), got {_compute_dtype(hidden)}"
     if softcap > MAX_SOFTCAP:
         return f"the Triton kernel needs softcap <= {MAX_SOFTCAP}, got {softcap}"
-    return None
+    return why_not_counted(tokens=targets.numel(), words=weight.shape[0])
 
 
 def _why_not_cpu(
@@ -262,6 +265,8 @@ def softcapped_cross_entropy(
 
     Source: softcap from https://arxiv.org/abs/2408.00118, section 2.
     """
+    require_tensors(OP, hidden=hidden, weight=weight, targets=targets)
+    require_numbers(OP, softcap=softcap, ignore_index=ignore_index)
     is_float = hidden.dim() >= 1 and hidden.is_floating_point()
     require(is_float, OP, "hidden must be floating point [..., D]", _say(hidden))
     D = hidden.shape[-1]
