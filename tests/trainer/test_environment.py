@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from pgolf import run
 from pgolf.config import FIELDS, Config
 from pgolf.data.shards import find_shards, open_shard, shard_name, write_shard
-from pgolf.environment import NAMES, Choice, Detail, Field, Ignored, Same, Switch, edit_distance, read_environment
+from pgolf.environment import edit_distance, read_environment
+from pgolf.environment_names import NAMES, Choice, Detail, Field, Ignored, Same, Switch
 from pgolf.errors import InputError
 from pgolf.presets import preset
 from pgolf.script import free_directory, main
