@@ -219,7 +219,10 @@ def test_triton_dequantises_every_code_to_the_bit(dtype, device, poisoned):
 @pytest.mark.parametrize("device", TRITON_DEVICES)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_triton_linear(dtype, device, rows, poisoned):
-    for n, k in ((1, 1), (17, 5), (33, 130), (16, 256), (40, 640)):
+    shapes = [(33, 130), (1, 1), (17, 5), (16, 256), (40, 640)]
+    if device == "cpu" and rows not in (1, 17):  # the interpreter takes a second a shape
+        shapes = shapes[:1]
+    for n, k in shapes:
         weight, bias = random_weight(n, k, device), torch.randn(n, device=device).to(dtype)
         x, w = torch.randn(rows, k, device=device).to(dtype), weight.dequantize(torch.float64)
         exact, scale = F.linear(x.double(), w, bias.double()), (x.double().abs() @ w.abs().T).max().item() + 4
