@@ -144,7 +144,7 @@ class Config:
     slot_normalize: str = "window"  # the loss is divided by the weights of each "window" or of the "batch"
     slot_steps: int = 3
     slot_restart_steps: int = 0  # the optimiser begins anew, from the fit so far, after so many steps; 0: never
-    slot_lr: float = 0.7  # of a bias; a delta wants a tenth of it or less
+    slot_lr: float = 0.5  # of a bias; a delta wants a tenth of it or less
     slot_lr_min: float = 0.0  # above 0: adamw's cosine ends here; hypergradient's lower bound
     slot_lr_max: float = 0.024  # hypergradient's upper bound
     slot_hyper_rate: float = 1e-5  # hypergradient's step per unit of the product of successive gradients
@@ -155,7 +155,7 @@ class Config:
     slot_max_iter: int = 20  # L-BFGS iterations per step
     slot_history: int = 10  # L-BFGS curvature pairs
     slot_line_search: int = 0  # L-BFGS evaluations per line search; 0: what torch >= 2.10 allows, 25: earlier ones
-    slot_half_life: float = 192.0  # in tokens: context weight halves with this distance; 0: equal weights
+    slot_half_life: float = 256.0  # in tokens: context weight halves with this distance; 0: equal weights
     slot_focal_tokens: int = 0  # only targets among so many last positions of a full window are fitted to; 0: all
     slot_buckets: int = 0  # rows of a hashed table of shifts that is fitted beside delta; 0: none
     slot_clamp: float = 0.0  # bound of every fitted value; 0: none
