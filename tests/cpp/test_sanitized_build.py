@@ -1,7 +1,7 @@
 """The kernels' own tests once more, on a module built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
 The sanitizers do not see what AMX instructions touch, so level amx runs on emulated tiles, on any CPU with AVX-512
-BF16. Building takes about a minute the first time; ninja keeps the objects in build/, apart from the others.
+BF16. Building takes two minutes of two cores the first time; ninja keeps the objects in build/, apart from the others.
 As a script (`test_sanitized_build.py MODULE`) this file is the process that has the sanitizers loaded.
 """
 
@@ -44,6 +44,7 @@ def main(library):
     return pytest.main(["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", *tests], plugins=[Sample()])
 
 
+@pytest.mark.timeout(1500)  # five minutes of one core to build; a busy machine takes three times that
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sanitizers are preloaded as on Linux")
 def test_sanitized_build(tmp_path):
     if not address_sanitizer():
