@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..matmul import default_compute_dtype
+
 ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
@@ -47,14 +49,6 @@ class Bank:
         """Equal for banks that one call of Newton-Schulz can take."""
         options = (self.group[name] for name in ("ns_steps", "ns_coefficients", "row_normalize", "compute_dtype"))
         return (self.updates.device, self.updates.dtype, *map(str, options))
-
-
-def default_compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its products are fast (GPUs from Ampere on, CPUs with AMX or AVX-512 BF16), else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
 
 def as_bank(t: Tensor) -> Tensor:

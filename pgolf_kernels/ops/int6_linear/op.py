@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import LIBRARY, TRITON_INTERPRETED, Impl, always, choose, meant, record, require, require_tensors
+from ...matmul import matmul
 from . import cpu, gpu, reference
 from .weight import Int6Weight
 
@@ -51,7 +52,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor):
     packed, scale = ctx.saved_tensors
     needs_x, _, _, needs_bias = ctx.needs_input_grad
-    dx = dy @ gpu.dequantize(packed, scale, ctx.num_columns, dy.dtype) if needs_x else None
+    dx = matmul(dy, gpu.dequantize(packed, scale, ctx.num_columns, dy.dtype)).to(dy.dtype) if needs_x else None
     return dx, None, None, dy.sum_to_size(scale.shape[0]) if needs_bias else None
 
 

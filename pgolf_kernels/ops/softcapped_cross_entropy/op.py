@@ -26,6 +26,7 @@ from ...dispatch import (
     why_not_counted,
     why_not_triton,
 )
+from ...matmul import matmul
 from . import cpu, reference
 
 OP = "softcapped_cross_entropy"
@@ -200,11 +201,11 @@ def _backward_kept(ctx, dloss: Tensor | None, _dlogits):
     dtype = hidden.dtype
     if ctx.reduction == "none":  # one float32 factor per row, applied where the tensor is small
         g = dloss[:, None]
-        dhidden = ((dlogits @ weight) * g).to(dtype) if needs_dhidden else None
-        dweight = dlogits.T @ (hidden * g).to(dtype) if needs_dweight else None
+        dhidden = (matmul(dlogits, weight) * g).to(dtype) if needs_dhidden else None
+        dweight = matmul(dlogits.T, (hidden * g).to(dtype)).to(dtype) if needs_dweight else None
     else:  # dloss is nearly always a power of two (1, a loss scale, 1 / num_accumulated), so weight * dloss is exact
-        dhidden = dlogits @ (weight * dloss) if needs_dhidden else None
-        dweight = (dlogits.T @ hidden) * dloss if needs_dweight else None
+        dhidden = matmul(dlogits, weight * dloss).to(dtype) if needs_dhidden else None
+        dweight = (matmul(dlogits.T, hidden) * dloss).to(dtype) if needs_dweight else None
     return dhidden, dweight, *(None,) * (ctx.num_inputs - 2)
 
 
