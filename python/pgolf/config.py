@@ -138,7 +138,11 @@ class Config:
     drop_val_tail: bool = True  # the challenge scores a multiple of eval_seq_len targets; False scores every token
     slot_share: str = "window"  # who shares a fit and which targets it sees: the names of scoring/objective.py
     slot_windows: str = ""  # as eval_windows, for SLOT alone; empty: the same
-    slot_parameters: str = "bias"  # or "delta", "both"; "logits": a bias after the softcap; "temperature", by SGD
+    # "cache": a bias per position, of the context positions like it; every slot_ field of a fit is without effect then.
+    # Fitted are "bias", "delta", "both"; "logits": a bias after the softcap; "temperature", by SGD.
+    slot_parameters: str = "cache"
+    slot_cache_sharpness: float = 8.0  # a context position weighs exp(sharpness * (cosine of the hidden states - 1))
+    slot_cache_prior: float = 0.1  # sightings that every token has in advance, seen and expected
     slot_norm: str = "after"  # delta joins the hidden state "after" or "before" the final norm
     slot_optimizer: str = "adamw"  # "hypergradient" and "lbfgs-joint" couple the windows of a batch
     slot_normalize: str = "window"  # the loss is divided by the weights of each "window" or of the "batch"

@@ -43,6 +43,7 @@ NOT_NEGATIVE = (
     "slot_line_search",
     "slot_focal_tokens",
     "slot_half_life",
+    "slot_cache_sharpness",
     "slot_buckets",
     "ctw_depth",
     "ttt_epochs",
@@ -63,7 +64,7 @@ CHOICES = {
     "slot_windows": {"", "exact", "legacy", "legacy-full"},
     "slot_share": {"window", "frontier", "carried", "window-prefix", "scored"}
     | {"shared-context", "shared-prefix", "shared-all", "shared-all-but-last"},
-    "slot_parameters": {"delta", "bias", "both", "logits", "temperature"},
+    "slot_parameters": {"cache", "delta", "bias", "both", "logits", "temperature"},
     "slot_norm": {"after", "before"},
     "slot_optimizer": {"adamw", "hypergradient", "lbfgs", "lbfgs-joint"},
     "slot_normalize": {"window", "batch"},
@@ -159,6 +160,12 @@ def _check_scoring(cfg: "Config") -> None:
         cfg.slot_parameters != "logits" or cfg.slot_norm == "after",
         "slot_parameters 'logits' joins behind the norm: slot_norm must be 'after', got 'before'",
     )
+    _must(
+        cfg.slot_parameters != "cache" or cfg.slot_share == "window",
+        "slot_parameters 'cache' remembers each window's own context: slot_share must be 'window', got "
+        f"{cfg.slot_share!r}; a fit that windows share is of a slot_parameters 'bias' or 'delta'",
+    )
+    _must(cfg.slot_cache_prior > 0, f"slot_cache_prior must be > 0, got {cfg.slot_cache_prior}")
     plain = cfg.slot_optimizer == "adamw" and not (cfg.slot_warm_start or cfg.slot_clamp or cfg.slot_restart_steps)
     _must(
         plain or not cfg.slot_buckets and cfg.slot_parameters != "temperature",

@@ -30,6 +30,7 @@ from .scoring.gate import TokenGate
 from .scoring.objective import standing
 from .scoring.slot import Slot
 from .scoring.slot_autograd import AutogradSlot
+from .scoring.slot_cache import CacheSlot
 from .scoring.stream import BatchScorer, Score, score_stream
 from .scoring.ttt import ScoreFirst
 from .scoring.validation import validation_tokens
@@ -228,7 +229,8 @@ def _make_scorer(parts: list[str], cfg: Config) -> BatchScorer | None:
     if "ctw" in parts:
         return ContextTree(cfg)
     if "slot" in parts:
-        return (AutogradSlot if cfg.slot_buckets or cfg.slot_parameters == "temperature" else Slot)(cfg)
+        by_gradient = cfg.slot_buckets or cfg.slot_parameters == "temperature"
+        return (CacheSlot if cfg.slot_parameters == "cache" else AutogradSlot if by_gradient else Slot)(cfg)
     return None
 
 

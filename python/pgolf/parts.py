@@ -16,6 +16,7 @@ MODULES = {
     "pruning": ("pgolf.artifact.prune",),
     "slot": ("pgolf.scoring.slot",),
     "slot_autograd": ("pgolf.scoring.slot_autograd",),
+    "slot_cache": ("pgolf.scoring.slot_cache",),
     "ttt": ("pgolf.scoring.ttt",),
     "ctw": ("pgolf.scoring.context_tree",),
 }
@@ -29,7 +30,8 @@ def needed_parts(cfg: Config, methods: Iterable[str] = ()) -> set[str]:
         "gptq": cfg.uses_gptq,
         "generated": cfg.uses_gptq and cfg.calibration == "generated",
         "pruning": cfg.target_bytes > 0,
-        "slot": "slot" in scorings,
+        "slot": "slot" in scorings and cfg.slot_parameters != "cache",
+        "slot_cache": "slot" in scorings and cfg.slot_parameters == "cache",
         "slot_autograd": "slot" in scorings and (cfg.slot_buckets > 0 or cfg.slot_parameters == "temperature"),
         "ttt": "ttt" in scorings,
         "ctw": "ctw" in scorings,

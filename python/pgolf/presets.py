@@ -183,12 +183,6 @@ PRESETS: dict[str, Config] = {
         eval_seq_len=64,
         eval_stride=16,
         drop_val_tail=False,
-        slot_steps=8,  # 48 context targets are too few for the default's large steps
-        slot_lr=0.06,
-        slot_beta1=0.9,
-        slot_beta2=0.999,
-        slot_eps=1e-5,
-        slot_half_life=0.0,
     ),
 }
 

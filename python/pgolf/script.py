@@ -192,7 +192,9 @@ def score_lines(cfg: Config, method: str, result: dict) -> list[str]:
     """A score rounded, with its time, and again with eight digits."""
     label, ms = LABELS[method], 1e3 * result["seconds"]
     detail = "" if method == "plain" else f" stride:{cfg.eval_stride}"
-    detail += f" steps:{cfg.slot_steps} lr:{cfg.slot_lr:g}" if "slot" in method else ""
+    if "slot" in method:
+        fitted = cfg.slot_parameters != "cache"
+        detail += f" steps:{cfg.slot_steps} lr:{cfg.slot_lr:g}" if fitted else f" cache:{cfg.slot_cache_sharpness:g}"
     invalid = "" if result["causal"] else f" {result['standing']}"
     values = f"val_loss:{result['val_loss']:.4f} val_bpb:{result['val_bpb']:.4f}"
     exactly = f"val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}"

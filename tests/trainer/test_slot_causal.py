@@ -25,10 +25,13 @@ BASE = Config(
     train_batch_tokens=64,
     eval_stride=16,
     eval_batch_windows=4,
+    slot_parameters="bias",
 )
 LBFGS = {"slot_optimizer": "lbfgs", "slot_lr": 1.0, "slot_max_iter": 4, "slot_steps": 1}
 DELTA = {"slot_parameters": "delta", "slot_lr": 0.1}
 CAUSAL = {
+    "cache": {"slot_parameters": "cache"},
+    "cache of the newest": {"slot_parameters": "cache", "slot_focal_tokens": 30, "slot_cache_sharpness": 2.0},
     "window": {},
     "window lbfgs": LBFGS,
     "window both, weighted": {"slot_parameters": "both", "slot_half_life": 20.0},
@@ -72,7 +75,7 @@ def test_no_score_depends_on_a_later_token(form, deal):
     """Bitwise, over the whole stream, and the fit does something: later scores follow the flip beyond its window."""
     cfg, tokens = BASE.replace(**CAUSAL[form], **DEALS[deal]), TOKENS[:378]
     assert standing(cfg, "slot").causal
-    plain, adapted = score(cfg.replace(slot_steps=0), tokens), score(cfg, tokens)
+    plain, adapted = score(cfg.replace(slot_steps=0, slot_cache_prior=1e9), tokens), score(cfg, tokens)
     assert not adapted.isnan().any()
     assert (plain - adapted)[-16:].abs().max() > 1e-3, "no fit reached the last batch"
     changes = flip_changes(functools.partial(score, cfg), tokens, torch.arange(1, 378), FLIPPED, 64)
@@ -132,7 +135,7 @@ def test_two_ranks_score_the_same_bits(form):
     assert torch.equal(torch.where(parts[0].isnan(), parts[1], parts[0]), score(cfg, tokens))
 
 
-@pytest.mark.parametrize("form", ["window", "window lbfgs", "window both, weighted"])
+@pytest.mark.parametrize("form", ["cache", "window", "window lbfgs", "window both, weighted"])
 def test_a_windows_scores_do_not_depend_on_its_batch(form):
     """One window per batch, five, and all: the bits of a real model's scores are the same."""
     cfg = SYSTEMS["pr1217"].replace(**{k: v for k, v in vars(BASE).items() if k.startswith("slot_")} | CAUSAL[form])

@@ -67,10 +67,13 @@ def _add_method(p: ArgumentParser) -> None:
     p.add_argument(
         "--share",
         metavar="S",
-        help="slot: what a fit sees: window, frontier, carried; not causal: shared-context, shared-all, scored, ...",
+        help="slot: what a fit sees: window, frontier, carried; not causal: shared-context, shared-all, scored, ... "
+        "This and the other options of a fit turn the default, a cache, into a bias unless --parameters is given",
     )
     p.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (default: the artifact's)")
-    p.add_argument("--parameters", metavar="P", help="slot: fit bias, delta or both")
+    p.add_argument(
+        "--parameters", metavar="P", help="slot: a cache of the context (no fit), or fit bias, delta or both"
+    )
     p.add_argument("--optimizer", metavar="O", help="slot: adamw, or lbfgs with a line search per fit")
     p.add_argument("--warm-start", action="store_const", const="true", help="slot: begin with the fit before this one")
     p.add_argument("--steps", type=int, metavar="N", help="slot: optimiser steps per fit")
@@ -84,6 +87,9 @@ def _settings(args: Namespace) -> list[str]:
     from ..scoring.published import published_settings
 
     settings = published_settings(args.published) if args.published else []
+    of_a_fit = (args.share, args.optimizer, args.warm_start, args.steps, args.lr, args.half_life)
+    if not (args.published or args.parameters) and any(value is not None for value in of_a_fit):
+        settings.append("slot_parameters=bias")
     settings += [
         f"{field}={value}"
         for field, value in (

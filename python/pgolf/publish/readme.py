@@ -142,7 +142,10 @@ def _scoring(s: Submission) -> str:
     prefixes = {"slot": "slot_", "ttt": "ttt_"}
     shown = [f"windows of {settings['eval_seq_len']:,}, stride {settings['eval_stride']:,}"]
     for part in s.audits[0]["method"].split("+"):
-        known = {k: v for k, v in settings.items() if k.startswith(prefixes.get(part, "-"))}
+        prefix = prefixes.get(part, "-")
+        if part == "slot" and settings.get("slot_parameters") == "cache":
+            prefix = ("slot_parameters", "slot_cache_")  # the fields of a fit are without effect
+        known = {k: v for k, v in settings.items() if k.startswith(prefix)}
         shown += [f"{k}={_value(v)}" for k, v in known.items() if v not in (0, 0.0, "", False)]
     return f"{s.audits[0]['method']}: " + ", ".join(shown)
 

@@ -92,7 +92,12 @@ def _how(method: str, settings: dict) -> str:
         parts.append(f"windows of {settings['eval_seq_len']:,} tokens")
         if method != "plain":
             parts.append(f"stride {settings['eval_stride']:,}")
-    if "slot" in methods and "slot_steps" in settings:
+    if "slot" in methods and settings.get("slot_parameters") == "cache":
+        parts.append(
+            f"a cache of each window's context, sharpness {settings['slot_cache_sharpness']:g}, prior "
+            f"{settings['slot_cache_prior']:g}"
+        )
+    elif "slot" in methods and "slot_steps" in settings:
         parts.append(f"{settings['slot_steps']} steps on {settings['slot_parameters']}, lr {settings['slot_lr']:g}")
         if settings["slot_half_life"]:
             parts.append(f"half-life {settings['slot_half_life']:g} tokens")

@@ -13,6 +13,8 @@ _SLOT = {
     "slot_share": "window",
     "slot_windows": "",
     "slot_parameters": "delta",
+    "slot_cache_sharpness": 8.0,
+    "slot_cache_prior": 0.1,
     "slot_norm": "after",
     "slot_optimizer": "adamw",
     "slot_normalize": "window",
