@@ -143,6 +143,7 @@ class Config:
     slot_parameters: str = "cache"
     slot_cache_sharpness: float = 8.0  # a context position weighs exp(sharpness * (cosine of the hidden states - 1))
     slot_cache_prior: float = 0.1  # sightings that every token has in advance, seen and expected
+    slot_cache_tokens: int = 4096  # slot_share "carried": scored targets before the context that are remembered, too
     slot_norm: str = "after"  # delta joins the hidden state "after" or "before" the final norm
     slot_optimizer: str = "adamw"  # "hypergradient" and "lbfgs-joint" couple the windows of a batch
     slot_normalize: str = "window"  # the loss is divided by the weights of each "window" or of the "batch"

@@ -44,6 +44,7 @@ NOT_NEGATIVE = (
     "slot_focal_tokens",
     "slot_half_life",
     "slot_cache_sharpness",
+    "slot_cache_tokens",
     "slot_buckets",
     "ctw_depth",
     "ttt_epochs",
@@ -161,9 +162,9 @@ def _check_scoring(cfg: "Config") -> None:
         "slot_parameters 'logits' joins behind the norm: slot_norm must be 'after', got 'before'",
     )
     _must(
-        cfg.slot_parameters != "cache" or cfg.slot_share == "window",
-        "slot_parameters 'cache' remembers each window's own context: slot_share must be 'window', got "
-        f"{cfg.slot_share!r}; a fit that windows share is of a slot_parameters 'bias' or 'delta'",
+        cfg.slot_parameters != "cache" or cfg.slot_share in ("window", "carried"),
+        "slot_parameters 'cache' remembers a window's context, or what was scored before it, too: slot_share must be "
+        f"'window' or 'carried', got {cfg.slot_share!r}; the others are of a fit, of 'bias' or 'delta'",
     )
     _must(cfg.slot_cache_prior > 0, f"slot_cache_prior must be > 0, got {cfg.slot_cache_prior}")
     plain = cfg.slot_optimizer == "adamw" and not (cfg.slot_warm_start or cfg.slot_clamp or cfg.slot_restart_steps)

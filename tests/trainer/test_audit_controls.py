@@ -6,7 +6,7 @@ import pytest
 
 from pgolf.audit.controls import CONTROLS, TESTED, expected_table, run_controls
 
-HONEST = {"plain", "sliding", "slot-cache", "slot-window", "slot-frontier", "slot-carried", "ttt"}
+HONEST = {"plain", "sliding", "slot-cache", "slot-cache-carried", "slot-window", "slot-frontier", "slot-carried", "ttt"}
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_what_was_left_out_is_refused_before_any_work(copy, dataset_dir, tmp_pat
     alone(copy, folder, kernels="reference")
     options = ("--data", dataset_dir, "--device", "cpu", *TOKENS)
     done = elsewhere(folder, PROGRAM, "--eval", run.ARTIFACT, "--method", "slot", *options)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "must do without slot" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "must do without slot_cache" in done.stderr
     variables = {"TTT_ENABLED": "1", "DATA_PATH": str(dataset_dir)}
     done = elsewhere(folder, PROGRAM, "--set", "loader=shuffled", settings=variables)
     assert done.returncode == 2 and "must do without shuffled loader, ttt" in done.stderr
@@ -207,7 +207,8 @@ def test_an_artifact_alone_says_what_its_run_used(copy, tmp_path):
 def test_parts_follow_the_config_and_the_methods():
     cfg = preset("tiny")
     assert needed_parts(cfg) == {"coprime loader"}
-    assert needed_parts(cfg.replace(loader="shuffled"), ["slot+ttt"]) == {"shuffled loader", "slot", "ttt"}
+    assert needed_parts(cfg.replace(loader="shuffled"), ["slot+ttt"]) == {"shuffled loader", "slot_cache", "ttt"}
+    assert needed_parts(cfg.replace(slot_parameters="bias"), ["slot"]) == {"coprime loader", "slot"}
     assert needed_parts(cfg.replace(attn_gptq=True, calibration="generated", target_bytes=1)) == {
         "coprime loader",
         "gptq",

@@ -141,14 +141,15 @@ def test_packing_to_a_target(compressor, tmp_path):
     path, weights = tmp_path / "a.pgolf", small_weights()
     whole = pack.pack_state(config, weights, TOKENIZER, path)
     # A program that prunes is longer.
-    target = whole.artifact_bytes + pack.code_bytes(config.replace(target_bytes=200_000)) - 3000
+    target = whole.artifact_bytes + pack.code_bytes(config.replace(target_bytes=200_000)) - 8000
     config_of_target = config.replace(target_bytes=target)
     report = pack.pack_state(config_of_target, weights, TOKENIZER, path)
-    assert target - 300 <= report.total_bytes <= target
+    # How near is tested above, on a size that is smooth; at 100 kB both compressors jump by up to 1.5 kB, from one count
+    # of codes to the next and with every word of the header.
+    assert target - 2000 <= report.total_bytes <= target
     assert report.total_bytes == path.stat().st_size + pack.code_bytes(config_of_target)
     assert report.pruned.bytes_after == report.total_bytes
-    # Another header: LZMA aligns to it.
-    assert report.pruned.bytes_before == pytest.approx(target + 3000, rel=0.002)
+    assert report.pruned.bytes_before == pytest.approx(target + 8000, rel=0.01)
     stored, before = pack.read_content(path).tensors, quantise_state(config, weights)
     gone = {n: before[n].values != stored[n].values for n in weights}
     assert not gone["tok_emb.weight"].any()

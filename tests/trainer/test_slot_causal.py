@@ -30,6 +30,7 @@ BASE = Config(
 LBFGS = {"slot_optimizer": "lbfgs", "slot_lr": 1.0, "slot_max_iter": 4, "slot_steps": 1}
 DELTA = {"slot_parameters": "delta", "slot_lr": 0.1}
 CAUSAL = {
+    "cache carried": {"slot_parameters": "cache", "slot_share": "carried", "slot_cache_tokens": 100},
     "cache": {"slot_parameters": "cache"},
     "cache of the newest": {"slot_parameters": "cache", "slot_focal_tokens": 30, "slot_cache_sharpness": 2.0},
     "window": {},

@@ -150,7 +150,7 @@ def test_the_standing_of_each_published_system():
 @pytest.mark.parametrize("share", SHARES)
 def test_objectives_keep_to_the_window(share):
     cfg = Config(eval_seq_len=8, train_seq_len=8, train_batch_tokens=8, eval_stride=2)
-    cfg = cfg.replace(slot_share=share, slot_half_life=0.0)
+    cfg = cfg.replace(slot_share=share, slot_parameters="bias", slot_half_life=0.0)
     weights = objective_weights(cfg, [Window(0, 8, 0), Window(2, 8, 6), Window(4, 6, 4), Window(8, 2, 0)], 8)
     want = {
         "context": [0, 6, 4, 0],
@@ -184,7 +184,7 @@ def test_a_focus_and_a_half_life_weigh_the_context():
             "slot_norm must be 'after', got 'before'",
         ),
         ({"slot_share": "carried", "slot_parameters": "temperature"}, "slot_share must not be 'carried'"),
-        ({"slot_share": "shared-all", "slot_optimizer": "lbfgs-joint"}, "use 'lbfgs'"),
+        ({"slot_share": "shared-all", "slot_parameters": "bias", "slot_optimizer": "lbfgs-joint"}, "use 'lbfgs'"),
         ({"slot_share": "all"}, "slot_share must be one of"),
         ({"slot_restart_steps": -1}, "slot_restart_steps must be at least 0, got -1"),
         ({"ttt_freeze_blocks": 12}, "ttt_freeze_blocks must lie in 0..num_layers 11, got 12"),

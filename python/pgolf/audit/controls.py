@@ -250,6 +250,9 @@ CONTROLS = {
     "plain": Control("windows without overlap", _pgolf("plain")),
     "sliding": Control("sliding windows", _pgolf("sliding")),
     "slot-cache": Control("SLOT, a cache of each window's context", _pgolf("slot", slot_parameters="cache")),
+    "slot-cache-carried": Control(
+        "SLOT, a cache carried behind the scores", _pgolf("slot", slot_parameters="cache", slot_share="carried")
+    ),
     "slot-window": Control("SLOT, a fit per window on its context", _pgolf("slot")),
     "slot-frontier": Control("SLOT, one fit for a batch up to its frontier", _pgolf("slot", slot_share="frontier")),
     "slot-carried": Control("SLOT, one fit carried behind the scores", _pgolf("slot", slot_share="carried")),

@@ -67,8 +67,8 @@ def _add_method(p: ArgumentParser) -> None:
     p.add_argument(
         "--share",
         metavar="S",
-        help="slot: what a fit sees: window, frontier, carried; not causal: shared-context, shared-all, scored, ... "
-        "This and the other options of a fit turn the default, a cache, into a bias unless --parameters is given",
+        help="slot: what it learns from: window, carried, frontier; not causal: shared-context, scored, ... "
+        "All but the first two, and the options of a fit below, mean --parameters bias unless that is given",
     )
     p.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (default: the artifact's)")
     p.add_argument(
@@ -87,7 +87,14 @@ def _settings(args: Namespace) -> list[str]:
     from ..scoring.published import published_settings
 
     settings = published_settings(args.published) if args.published else []
-    of_a_fit = (args.share, args.optimizer, args.warm_start, args.steps, args.lr, args.half_life)
+    of_a_fit = (
+        args.share if args.share not in ("window", "carried") else None,
+        args.optimizer,
+        args.warm_start,
+        args.steps,
+        args.lr,
+        args.half_life,
+    )
     if not (args.published or args.parameters) and any(value is not None for value in of_a_fit):
         settings.append("slot_parameters=bias")
     settings += [

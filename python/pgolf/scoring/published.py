@@ -15,6 +15,7 @@ _SLOT = {
     "slot_parameters": "delta",
     "slot_cache_sharpness": 8.0,
     "slot_cache_prior": 0.1,
+    "slot_cache_tokens": 4096,
     "slot_norm": "after",
     "slot_optimizer": "adamw",
     "slot_normalize": "window",
