@@ -152,3 +152,16 @@ def test_two_ranks_train_and_score_the_same_bits(evaluate, dataset_dir, run_pgol
     assert (two["world_size"], one["world_size"]) == (2, 1)
     for key in ("val_loss", "val_bpb", "tokens", "bytes"):
         assert two[key] == one[key], key
+
+
+def test_options_of_a_fit_mean_a_bias(evaluate):
+    """The default, a cache, has no steps: an option that would be without effect must not look as if it had one."""
+
+    def parameters(*options: str) -> str:
+        code, out, err = evaluate("--method", "slot", "--json", *options, *TOKENS)
+        assert code == 0, err
+        return json.loads(out)["settings"]["slot_parameters"]
+
+    assert [parameters(*o) for o in ((), ("--share", "carried"))] == ["cache", "cache"]
+    assert [parameters(*o) for o in (("--steps", "2"), ("--share", "frontier"))] == ["bias", "bias"]
+    assert parameters("--lr", "0.01", "--parameters", "delta") == "delta"

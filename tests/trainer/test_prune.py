@@ -144,7 +144,7 @@ def test_packing_to_a_target(compressor, tmp_path):
     target = whole.artifact_bytes + pack.code_bytes(config.replace(target_bytes=200_000)) - 8000
     config_of_target = config.replace(target_bytes=target)
     report = pack.pack_state(config_of_target, weights, TOKENIZER, path)
-    # How near is tested above, on a size that is smooth; at 100 kB both compressors jump by up to 1.5 kB, from one count
+    # How near is tested above, on a smooth size; at 100 kB both compressors jump by up to 1.5 kB, from one count
     # of codes to the next and with every word of the header.
     assert target - 2000 <= report.total_bytes <= target
     assert report.total_bytes == path.stat().st_size + pack.code_bytes(config_of_target)
