@@ -77,8 +77,8 @@ def evaluate(
     """Score an artifact and record the result in scores.json beside it.
 
     Args:
-        method: "plain" (no overlap), "sliding", "slot" (sliding, adapted to each window's context), "ttt" (sliding, with
-            training on each chunk behind its scoring), "slot+ttt" or "ctw" (sliding, mixed with a context tree);
+        method: "plain" (no overlap), "sliding", "slot" (sliding, adapted to each window's context), "ttt" (sliding,
+            with training on each chunk behind its scoring), "slot+ttt" or "ctw" (sliding, mixed with a context tree);
             several, separated by commas; or "stages", the config's eval_stages.
         settings: `field=value` overrides of the artifact's config, for what concerns scoring.
         limit: score only the first targets; 0: all.
