@@ -98,11 +98,15 @@ def test_text_that_repeats_itself_costs_less():
         assert {share for share in ("window", "carried") if nll[share] < nll["sliding"] - 0.1} == helps, nll
 
 
-def test_what_is_carried():
-    """Batches of three windows, by hand: before its own context a window knows the last 40 targets that are scored."""
+@pytest.mark.parametrize(("focal", "half_life"), [(0, 256.0), (12, 256.0), (0, 0.1)])
+def test_what_is_carried(focal, half_life):
+    """Batches of three windows, by hand: before its own context a window knows the last 40 targets that are scored.
+
+    A focus is on the context alone, and a half-life, however short, is of a fit: neither touches what is carried.
+    """
     cfg = Config(
         eval_seq_len=32, train_seq_len=32, train_batch_tokens=32, eval_stride=8, eval_batch_windows=3,
-        slot_share="carried", slot_cache_tokens=40,
+        slot_share="carried", slot_cache_tokens=40, slot_focal_tokens=focal, slot_half_life=half_life,
     )  # fmt: skip
     model, tokens = system(torch.float64), torch.randint(0, 420, (150,), generator=torch.Generator().manual_seed(1))
     windows, found = make_windows(149, 32, 8), []
@@ -114,10 +118,11 @@ def test_what_is_carried():
             x, y = tokens[w.start : w.start + w.length], tokens[w.start + 1 : w.start + w.length + 1]
             h = model.hidden(F.pad(x, (0, 32 - w.length))[None])[0, : w.length].detach().double()
             older = [t for t in range(max(w.start - 40, 0), w.start) if t in scored]
-            context = torch.stack([*(scored[t] for t in older), *h[: w.score_from]]) if older or w.score_from else None
-            known = torch.cat([tokens[[t + 1 for t in older]], y[: w.score_from]])
+            own = slice(32 - focal if focal else 0, w.score_from)
+            context = [*(scored[t] for t in older), *h[own]]
+            known = torch.cat([tokens[[t + 1 for t in older]], y[own]])
             rows = h[w.score_from :]
-            memory = None if context is None else remember(context, known, weight, model.cfg.logit_softcap)
+            memory = remember(torch.stack(context), known, weight, model.cfg.logit_softcap) if context else None
             log_probs = log_probs_of(rows, weight, model.cfg.logit_softcap, memory, cfg)
             wanted += (-log_probs.gather(1, y[w.score_from :, None])[:, 0]).tolist()
             new |= {w.start + w.score_from + i: row for i, row in enumerate(rows)}

@@ -144,7 +144,8 @@ def _scoring(s: Submission) -> str:
     for part in s.audits[0]["method"].split("+"):
         prefix = prefixes.get(part, "-")
         if part == "slot" and settings.get("slot_parameters") == "cache":
-            prefix = ("slot_parameters", "slot_cache_")  # the fields of a fit are without effect
+            # The fields of a fit are without effect.
+            prefix = ("slot_parameters", "slot_cache_", "slot_share", "slot_windows", "slot_focal_tokens")
         known = {k: v for k, v in settings.items() if k.startswith(prefix)}
         shown += [f"{k}={_value(v)}" for k, v in known.items() if v not in (0, 0.0, "", False)]
     return f"{s.audits[0]['method']}: " + ", ".join(shown)

@@ -97,6 +97,8 @@ def _how(method: str, settings: dict) -> str:
             f"a cache of each window's context, sharpness {settings['slot_cache_sharpness']:g}, prior "
             f"{settings['slot_cache_prior']:g}"
         )
+        if settings["slot_share"] == "carried":
+            parts.append(f"and of {settings['slot_cache_tokens']:,} tokens scored before it")
     elif "slot" in methods and "slot_steps" in settings:
         parts.append(f"{settings['slot_steps']} steps on {settings['slot_parameters']}, lr {settings['slot_lr']:g}")
         if settings["slot_half_life"]:

@@ -1,9 +1,9 @@
 """SLOT: a small vector is fitted to targets of a batch of windows, the model frozen, and scores the batch or the next.
 
 One scorer runs every fitted form; the default, which fits nothing, is slot_cache.py. objective.py says which targets
-a form sees and whether its score is causal. The default share is: nothing is shared between windows and the state that
-scores targets [s, w) of a window comes from its targets [0, s) alone; the first window, which has no such part, is
-scored as it is.
+a form sees and whether its score is causal. The default share, causal, is one fit per window:
+the state that scores targets [s, w) of a window comes from its targets [0, s) alone, and the first window, which has no
+such part, is scored as it is.
 """
 
 from typing import NamedTuple

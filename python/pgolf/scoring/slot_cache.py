@@ -43,7 +43,8 @@ class CacheSlot(BatchScorer):
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.context = cfg.replace(slot_share="window")  # what is remembered of a window itself, whatever is carried
+        # What is remembered of a window itself, whatever is carried; at a short half-life far weights would round to 0.
+        self.context = cfg.replace(slot_share="window", slot_half_life=0.0)
         self.sequential = SHARES[cfg.slot_share].behind
         self.begin_slice()
 
@@ -77,7 +78,7 @@ class CacheSlot(BatchScorer):
         if not self.sequential:
             return
         (hidden, weight, softcap), self._scored = self._scored, None
-        targets = batch.to_fit(objective_weights(self.cfg, batch.windows, batch.inputs.shape[1]), shared=True)
+        targets = batch.to_fit(batch.scored.cpu(), shared=True)
         new = remember(hidden, targets[batch.scored], weight, softcap)
         at = torch.cat([torch.arange(w.start + w.score_from, w.start + w.length) for w in batch.windows])
         joined = new if self._carried is None else Memory.join(self._carried, new)
